@@ -1,0 +1,54 @@
+"""How many bytes a model needs on each GPU, by part, before anything is allocated. Pure Python."""
+
+from dataclasses import dataclass
+
+from megatron_lite.models.spec import BYTES, ModelSpec
+from megatron_lite.parallel.layout import Layout, stage_numbers
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes on one GPU."""
+
+    weights: int
+    cache: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.activations
+
+
+def layer_parameters(spec: ModelSpec, number: int, tp: int) -> int:
+    """Parameters that one of tp ranks holds of the layer with this number."""
+    d, f, kv = spec.hidden, spec.ffn, spec.kv_heads * spec.head_dim
+    vocab = -(-spec.vocab // tp)
+    if number == 0:
+        return vocab * d
+    if number == spec.norm_number:
+        return 2 * d
+    if number == spec.head_number:
+        return vocab * d
+    cut = (d + 2 * kv) * (d + 1) + d * d + f * (d + 1) + d * f
+    return cut // tp + 2 * d + 4 * d  # two row biases and two norms are whole on every rank
+
+
+def parameters(spec: ModelSpec) -> int:
+    """Parameters of the whole model, each counted once."""
+    numbers = stage_numbers(spec.layers, 1)[0]
+    return sum(layer_parameters(spec, n, 1) for n in numbers) - (spec.vocab * spec.hidden if spec.tied_head else 0)
+
+
+def generation_footprint(spec: ModelSpec, layout: Layout, stage: int, *, rows: int, context: int) -> Footprint:
+    """What generating with `rows` rows of up to `context` tokens takes on every GPU of a pipeline stage."""
+    size = BYTES[spec.dtype]
+    numbers = stage_numbers(spec.layers, layout.pp)[stage]
+    weights = sum(layer_parameters(spec, n, layout.tp) for n in numbers)
+    if spec.tied_head and layout.pp == 1:
+        weights -= layer_parameters(spec, spec.head_number, layout.tp)
+    blocks = sum(2 <= n < spec.norm_number for n in numbers)
+    kv_heads = max(1, spec.kv_heads // layout.tp)
+    cache = blocks * 2 * kv_heads * spec.head_dim * context * rows * size
+    widest = 3 * spec.hidden + (3 * spec.hidden + 2 * spec.ffn) // layout.tp
+    logits = rows * -(-spec.vocab // layout.tp) * (size + 4 * (1 + layout.tp)) if spec.head_number in numbers else 0
+    return Footprint(weights * size, cache, rows * context * widest * size + logits)

@@ -1,0 +1,63 @@
+"""What a model is, in numbers: everything its layers need to know. Pure Python, nothing of YAML below this line."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_lite.config.sections import ModelSection
+
+Activation = Literal["gelu", "gelu_tanh"]
+DType = Literal["float16", "bfloat16", "float32"]
+
+BYTES: dict[DType, int] = {"float16": 2, "bfloat16": 2, "float32": 4}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """Shape and arithmetic of one model. `vocab` counts the rows of the embedding, padding included."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    max_positions: int
+    rotary_dim: int
+    rotary_base: float
+    norm_eps: float
+    activation: Activation
+    parallel_residual: bool
+    tied_head: bool
+    dtype: DType
+
+    @property
+    def head_number(self) -> int:
+        return self.layers + 4
+
+    @property
+    def norm_number(self) -> int:
+        return self.layers + 3
+
+
+def spec_of(model: ModelSection, *, vocab: int, dtype: DType) -> ModelSpec:
+    """NeoX's keys turned into a ModelSpec. `bias_gelu_fusion` is not a detail of speed: it selects the tanh form of GELU."""
+    head_dim = model.hidden_size // model.num_attention_heads
+    rotary_dim = int(head_dim * model.rotary_pct) if model.pos_emb == "rotary" else 0
+    return ModelSpec(
+        layers=model.num_layers,
+        hidden=model.hidden_size,
+        heads=model.num_attention_heads,
+        kv_heads=model.num_kv_heads or model.num_attention_heads,
+        head_dim=head_dim,
+        ffn=model.intermediate_size or 4 * model.hidden_size,
+        vocab=vocab,
+        max_positions=model.max_position_embeddings,
+        rotary_dim=rotary_dim,
+        rotary_base=float(model.rotary_emb_base),
+        norm_eps=model.layernorm_epsilon,
+        activation="gelu_tanh" if model.bias_gelu_fusion else "gelu",
+        parallel_residual=model.gpt_j_residual,
+        tied_head=not model.no_weight_tying,
+        dtype=dtype,
+    )
