@@ -1,0 +1,145 @@
+"""How a parameter is cut over tensor-parallel ranks: four rules, and `take`, which serves any cut from files of any other cut.
+
+Shards are what the ranks of one cut hold, in rank order. They may be memory-mapped: only the slices that are needed are touched.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Rule(Protocol):
+    def split(self, full: Tensor, size: int) -> list[Tensor]:
+        """What each of `size` ranks holds of the whole parameter."""
+        ...
+
+    def merge(self, shards: Sequence[Tensor]) -> Tensor:
+        """The whole parameter from what the ranks hold."""
+        ...
+
+    def take(self, shards: Sequence[Tensor], index: int, size: int) -> Tensor:
+        """What rank `index` of `size` holds, from the shards of another cut."""
+        ...
+
+
+def take(rule: Rule, shards: Sequence[Tensor], index: int, size: int) -> Tensor:
+    """What rank `index` of `size` holds of a parameter stored as `shards`: bit for bit the file where the cut is the same."""
+    return shards[index] if len(shards) == size else rule.take(shards, index, size)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Ranks hold consecutive equal slices along `dim`. `padded`: rows of a vocabulary, filled up with zeros until they divide."""
+
+    dim: int
+    padded: bool = False
+
+    def split(self, full: Tensor, size: int) -> list[Tensor]:
+        return [self.take([full], index, size) for index in range(size)]
+
+    def merge(self, shards: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(shards), self.dim)
+
+    def take(self, shards: Sequence[Tensor], index: int, size: int) -> Tensor:
+        total = sum(shard.shape[self.dim] for shard in shards)
+        assert self.padded or total % size == 0, f"{total} along dim {self.dim} cannot be cut in {size}"
+        length = -(-total // size)
+        piece = _between(shards, self.dim, index * length, (index + 1) * length)
+        missing = length - piece.shape[self.dim]
+        if not missing:
+            return piece
+        zeros = piece.new_zeros([missing if dim == self.dim else n for dim, n in enumerate(piece.shape)])
+        return torch.cat([piece, zeros], self.dim)
+
+
+@dataclass(frozen=True)
+class SplitParts:
+    """Several matrices stacked along `dim`, each cut by itself: rank i holds [part_0 slice i | part_1 slice i | ...].
+
+    `parts` are the relative sizes of the stacked matrices, such as (1, 1) for [up | gate].
+    """
+
+    dim: int
+    parts: tuple[int, ...]
+
+    def split(self, full: Tensor, size: int) -> list[Tensor]:
+        return [self.take([full], index, size) for index in range(size)]
+
+    def merge(self, shards: Sequence[Tensor]) -> Tensor:
+        return self.take(shards, 0, 1)
+
+    def take(self, shards: Sequence[Tensor], index: int, size: int) -> Tensor:
+        by_part = zip(*(shard.split(self._sizes(shard), self.dim) for shard in shards), strict=True)
+        return torch.cat([Split(self.dim).take(part, index, size) for part in by_part], self.dim)
+
+    def _sizes(self, shard: Tensor) -> list[int]:
+        length, whole = shard.shape[self.dim], sum(self.parts)
+        assert length % whole == 0, f"{length} along dim {self.dim} is not made of parts {self.parts}"
+        return [length // whole * part for part in self.parts]
+
+
+@dataclass(frozen=True)
+class Replicate:
+    """Every rank holds the same. Copies that drifted apart in training (20B's norms did) stay local where ranks are split further, and are averaged
+    in fp32 where ranks are merged."""
+
+    def split(self, full: Tensor, size: int) -> list[Tensor]:
+        return [full] * size
+
+    def merge(self, shards: Sequence[Tensor]) -> Tensor:
+        return self.take(shards, 0, 1)
+
+    def take(self, shards: Sequence[Tensor], index: int, size: int) -> Tensor:
+        merged = _ranks_within(len(shards), index, size)
+        first = shards[merged[0]]
+        if all(torch.equal(first, shards[rank]) for rank in merged[1:]):
+            return first
+        return torch.stack([shards[rank].float() for rank in merged]).mean(0).to(first.dtype)
+
+
+@dataclass(frozen=True)
+class Partial:
+    """Ranks hold terms of a sum. Splitting further leaves each term with the first rank of its group and zeros with the others, which is exact, unlike
+    dividing; merging adds in fp32."""
+
+    def split(self, full: Tensor, size: int) -> list[Tensor]:
+        return [self.take([full], index, size) for index in range(size)]
+
+    def merge(self, shards: Sequence[Tensor]) -> Tensor:
+        return self.take(shards, 0, 1)
+
+    def take(self, shards: Sequence[Tensor], index: int, size: int) -> Tensor:
+        stored = len(shards)
+        if size % stored == 0:
+            return shards[index * stored // size] if index % (size // stored) == 0 else torch.zeros_like(shards[0])
+        if stored % size and index:
+            return torch.zeros_like(shards[0])
+        terms = shards[index * stored // size : (index + 1) * stored // size] if stored % size == 0 else shards
+        return torch.stack([term.float() for term in terms]).sum(0).to(shards[0].dtype)
+
+
+def _ranks_within(stored: int, index: int, size: int) -> range:
+    """Which of `stored` ranks the rank `index` of `size` takes the place of."""
+    if size % stored == 0:
+        return range(index * stored // size, index * stored // size + 1)
+    if stored % size == 0:
+        return range(index * stored // size, (index + 1) * stored // size)
+    return range(stored)
+
+
+def _between(shards: Sequence[Tensor], dim: int, start: int, stop: int) -> Tensor:
+    """Elements [start, stop) along `dim` of the shards laid end to end, without touching the others."""
+    pieces: list[Tensor] = []
+    offset = 0
+    for shard in shards:
+        length = shard.shape[dim]
+        first, last = max(start - offset, 0), min(stop - offset, length)
+        if first < last:
+            pieces.append(shard.narrow(dim, first, last - first))
+        offset += length
+    if not pieces:
+        return shards[0].narrow(dim, 0, 0)
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
