@@ -1,0 +1,122 @@
+"""One YAML or JSON file of NeoX's dialect -> its settings, each with its file and line, and the problems of the file in sentences."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from megatron_lite.config.keys import RENAMED
+
+TIMESTAMP = "tag:yaml.org,2002:timestamp"
+FLOAT = "tag:yaml.org,2002:float"
+
+
+class NeoXLoader(yaml.SafeLoader):
+    """PyYAML's safe loader that also takes 1e-8 for a number, as YAML 1.2 and JSON do, and no text for a date."""
+
+
+NeoXLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != TIMESTAMP] for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+NeoXLoader.add_implicit_resolver(FLOAT, re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"), list("-+.0123456789"))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A key, written with underscores, its value, who set it ("configs/20B.yml line 12"), and the how-manieth source that was; later ones win."""
+
+    key: str
+    value: object
+    origin: str
+    source: int
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a file says, and what is wrong with it."""
+
+    settings: tuple[Setting, ...] = ()
+    problems: tuple[str, ...] = ()
+    whole: bool = True
+
+
+def plain_key(written: str) -> str:
+    """The one spelling of a key: underscores, and the present name."""
+    key = written.replace("-", "_")
+    return RENAMED.get(key, key)
+
+
+def parse_value(text: str) -> object:
+    """A value as it would stand behind a key in a file. Raises yaml.YAMLError."""
+    return yaml.load(text, NeoXLoader)
+
+
+def read_file(path: Path, *, source: int) -> Reading:
+    """The settings of one file, the how-manieth of all sources."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return _unreadable(f"{path}: no such configuration file")
+    except OSError as error:
+        return _unreadable(f"{path}: the configuration file cannot be read: {error.strerror}")
+    except UnicodeDecodeError:
+        return _unreadable(f"{path}: the configuration file is not UTF-8 text")
+    if path.suffix == ".json":
+        text = text.replace("\t", " ")  # allowed between JSON's tokens, and never inside its strings
+    return _read_text(text, path, source)
+
+
+def _unreadable(problem: str) -> Reading:
+    return Reading(problems=(problem,), whole=False)
+
+
+def _read_text(text: str, path: Path, source: int) -> Reading:
+    try:
+        loader = NeoXLoader(text)
+        root = loader.get_single_node()
+        if not isinstance(root, yaml.MappingNode):
+            return _unreadable(f'{path}: a configuration is a mapping of keys to values, {{ "num_layers": 44, ... }}; found {_kind(root)}')
+        settings = [
+            Setting(plain_key(str(name.value)), loader.construct_object(value, deep=True), f"{path} line {_line(name)}", source) for name, value in root.value
+        ]
+        return Reading(tuple(settings), tuple(_duplicates(root, path)))
+    except yaml.YAMLError as error:
+        return _unreadable(_syntax_problem(error, path))
+
+
+def _line(node: yaml.Node) -> int:
+    return node.start_mark.line + 1
+
+
+def _kind(root: yaml.Node | None) -> str:
+    if root is None:
+        return "nothing"
+    return "a list" if isinstance(root, yaml.SequenceNode) else "a single value"
+
+
+def _duplicates(root: yaml.MappingNode, path: Path) -> Iterator[str]:
+    """A sentence for every key that a mapping states twice, at the top in any spelling, below as it is written."""
+    stack: list[tuple[str, yaml.Node]] = [("", root)]
+    while stack:
+        place, node = stack.pop()
+        if not isinstance(node, yaml.MappingNode):
+            continue
+        seen: dict[str, tuple[str, int]] = {}
+        for name, value in node.value:
+            written = str(name.value)
+            key = written if place else plain_key(written)
+            stack.append((f"{place}.{key}".lstrip("."), value))
+            if key in seen:
+                first, line = seen[key]
+                spelling = f" (as '{first}' and as '{written}')" if first != written else ""
+                yield f"{path} lines {line} and {_line(name)}: '{f'{place}.{key}'.lstrip('.')}' is stated twice{spelling}; keep one"
+            seen[key] = (written, _line(name))
+
+
+def _syntax_problem(error: yaml.YAMLError, path: Path) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        line = error.problem_mark.line + 1
+        return f"{path} line {line}: not valid YAML: {error.problem}; look for a missing comma, quote or bracket there or in the lines before"
+    return f"{path}: not valid YAML: {error}"
