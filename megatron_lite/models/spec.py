@@ -50,7 +50,7 @@ def spec_of(model: ModelSection, *, vocab: int, dtype: DType) -> ModelSpec:
         heads=model.num_attention_heads,
         kv_heads=model.num_kv_heads or model.num_attention_heads,
         head_dim=head_dim,
-        ffn=model.intermediate_size or 4 * model.hidden_size,
+        ffn=model.mlp_width,
         vocab=vocab,
         max_positions=model.max_position_embeddings,
         rotary_dim=rotary_dim,

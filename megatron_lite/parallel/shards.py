@@ -24,6 +24,10 @@ class Rule(Protocol):
         """What rank `index` of `size` holds, from the shards of another cut."""
         ...
 
+    def whole(self, shard: Sequence[int], count: int) -> tuple[int, ...]:
+        """The shape of the whole parameter, given the shape of one of `count` equal shards."""
+        ...
+
 
 def take(rule: Rule, shards: Sequence[Tensor], index: int, size: int) -> Tensor:
     """What rank `index` of `size` holds of a parameter stored as `shards`: bit for bit the file where the cut is the same."""
@@ -42,6 +46,9 @@ class Split:
 
     def merge(self, shards: Sequence[Tensor]) -> Tensor:
         return torch.cat(list(shards), self.dim)
+
+    def whole(self, shard: Sequence[int], count: int) -> tuple[int, ...]:
+        return tuple(n * count if dim == self.dim else n for dim, n in enumerate(shard))
 
     def take(self, shards: Sequence[Tensor], index: int, size: int) -> Tensor:
         total = sum(shard.shape[self.dim] for shard in shards)
@@ -71,6 +78,9 @@ class SplitParts:
     def merge(self, shards: Sequence[Tensor]) -> Tensor:
         return self.take(shards, 0, 1)
 
+    def whole(self, shard: Sequence[int], count: int) -> tuple[int, ...]:
+        return tuple(n * count if dim == self.dim else n for dim, n in enumerate(shard))
+
     def take(self, shards: Sequence[Tensor], index: int, size: int) -> Tensor:
         by_part = zip(*(shard.split(self._sizes(shard), self.dim) for shard in shards), strict=True)
         return torch.cat([Split(self.dim).take(part, index, size) for part in by_part], self.dim)
@@ -92,6 +102,9 @@ class Replicate:
     def merge(self, shards: Sequence[Tensor]) -> Tensor:
         return self.take(shards, 0, 1)
 
+    def whole(self, shard: Sequence[int], count: int) -> tuple[int, ...]:
+        return tuple(shard)
+
     def take(self, shards: Sequence[Tensor], index: int, size: int) -> Tensor:
         merged = _ranks_within(len(shards), index, size)
         first = shards[merged[0]]
@@ -110,6 +123,9 @@ class Partial:
 
     def merge(self, shards: Sequence[Tensor]) -> Tensor:
         return self.take(shards, 0, 1)
+
+    def whole(self, shard: Sequence[int], count: int) -> tuple[int, ...]:
+        return tuple(shard)
 
     def take(self, shards: Sequence[Tensor], index: int, size: int) -> Tensor:
         stored = len(shards)

@@ -1,0 +1,88 @@
+"""Fills layers from a checkpoint of any cut: each built without memory, then given only the bytes its rank needs, straight on its device."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from megatron_lite.checkpoint.find import CheckpointLayout
+from megatron_lite.checkpoint.huggingface import HuggingFaceFolder
+from megatron_lite.checkpoint.neox import LayerFiles
+from megatron_lite.checkpoint.sequential import RankFiles
+from megatron_lite.checkpoint.source import Shards, Source
+from megatron_lite.errors import CheckpointError
+from megatron_lite.models.architecture import Architecture, LayerPlan
+from megatron_lite.models.spec import ModelSpec
+from megatron_lite.parallel.mesh import Axis
+from megatron_lite.parallel.shards import Rule, take
+
+Progress = Callable[[int], object]
+"""Called with the number of bytes that have arrived."""
+
+
+def open_source(layout: CheckpointLayout, architecture: Architecture, spec: ModelSpec) -> Source:
+    """The reader for the checkpoint's format; spec.vocab is not looked at."""
+    if layout.format == "huggingface":
+        return HuggingFaceFolder(layout, architecture, spec)
+    return LayerFiles(layout) if layout.format == "neox" else RankFiles(layout)
+
+
+def vocabulary_rows(source: Source) -> int:
+    """Rows of the stored embedding, padding included."""
+    return sum(len(shard) for shard in _stored(source.shards(0), "word_embeddings.weight", source, 0))
+
+
+def load_layers(plan: LayerPlan, numbers: Iterable[int], source: Source, *, tp: Axis, dtype: torch.dtype, device: torch.device, progress: Progress) -> dict[int, nn.Module]:
+    """The plan's layers with these numbers, filled from the source. Raises CheckpointError for a missing, surplus or misshapen tensor."""
+    layers: dict[int, nn.Module] = {}
+    for number in numbers:
+        with torch.device("meta"):
+            layer = plan[number]().to(dtype).requires_grad_(False)
+        tied = _tied_weight(layers, number, layer)
+        if tied is not None:
+            layer.get_submodule("word_embeddings").weight = tied
+        else:
+            layer.to_empty(device=device)
+            with torch.no_grad():
+                fill(layer, number, source, tp, progress)
+        layers[number] = layer.eval()
+    return layers
+
+
+def fill(layer: nn.Module, number: int, source: Source, tp: Axis, progress: Progress) -> None:
+    """Copies into each parameter of the layer what this rank's place in the cut asks for."""
+    stored_number = 0 if number and hasattr(layer, "word_embeddings") else number  # a tied head lies in the embedding's file
+    shards = source.shards(stored_number)
+    wanted = dict(layer.named_parameters())
+    if surplus := sorted(shards.keys() - wanted.keys()):
+        raise CheckpointError(f"{source.place(stored_number)} holds {', '.join(surplus[:3])}, which layer {number} of this model does not have; is it another architecture?")
+    for path, parameter in wanted.items():
+        module_name, _, name = path.rpartition(".")
+        rule: Rule = layer.get_submodule(module_name).rules[name]  # pyright: ignore[reportIndexIssue, reportAssignmentType]
+        stored = _stored(shards, path, source, stored_number)
+        _check_shape(rule, stored, parameter, tp.size, f"{source.place(stored_number)}: {path}")
+        parameter.copy_(take(rule, stored, tp.index, tp.size))
+        progress(parameter.nbytes)
+
+
+def _stored(shards: Shards, path: str, source: Source, number: int) -> list[Tensor]:
+    if path not in shards:
+        has = ", ".join(sorted(shards)[:3]) or "nothing for this layer"
+        raise CheckpointError(f"{source.place(number)} lacks {path} (it has {has}); is it a checkpoint of this architecture?")
+    return list(shards[path])
+
+
+def _check_shape(rule: Rule, stored: list[Tensor], parameter: Tensor, size: int, what: str) -> None:
+    found, wanted = rule.whole(stored[0].shape, len(stored)), rule.whole(parameter.shape, size)
+    if getattr(rule, "padded", False):
+        found = (-(-found[0] // size) * size, *found[1:])
+    if found != wanted or any(shard.shape != stored[0].shape for shard in stored):
+        shapes = " + ".join(str(list(shard.shape)) for shard in stored)
+        raise CheckpointError(f"{what} is {shapes} in the file, which is {list(found)} in all; the configuration needs {list(wanted)}")
+
+
+def _tied_weight(layers: dict[int, nn.Module], number: int, layer: nn.Module) -> nn.Parameter | None:
+    """The embedding's own weight, where the head shares it and both are on this stage."""
+    if number and 0 in layers and hasattr(layer, "word_embeddings"):
+        return layers[0].get_submodule("word_embeddings").weight  # pyright: ignore[reportReturnType]
+    return None

@@ -1,0 +1,163 @@
+"""Turns prompts into text, a batch at a time: ragged rows share every step, and each row gets exactly what it would get alone."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from megatron_lite.inference.request import Codec, Completion, Request
+from megatron_lite.inference.sample import Rules, choose
+from megatron_lite.models.cache import Cache
+from megatron_lite.models.spec import ModelSpec
+from megatron_lite.parallel.stage import Stage
+
+Watch = Callable[[int, list[int]], None]
+"""Told the row and its tokens so far, after every token."""
+
+NOT_STARTED = "WARNING: text generation did not start; the prompt fills the whole context"
+
+
+@dataclass
+class Row:
+    """One prompt being continued."""
+
+    request: Request
+    limit: int
+    tokens: list[int] = field(default_factory=list)
+    logits: list[list[float]] = field(default_factory=list)
+    text: str | None = None
+    finished: bool = False
+    seconds: float | None = None
+
+    @property
+    def is_done(self) -> bool:
+        return self.seconds is not None
+
+
+class Decoder:
+    """Continues prompts with one model. Every rank calls it with the same requests and gets the same completions."""
+
+    def __init__(
+        self, stage: Stage, spec: ModelSpec, tokenizer: Codec, *, context: int, keep_logits: bool = False, recompute: bool = False
+    ) -> None:
+        self.stage = stage
+        self.spec = spec
+        self.tokenizer = tokenizer
+        self.context = context
+        self.keep_logits = keep_logits
+        self.recompute = recompute
+
+    def complete(self, requests: Sequence[Request], *, watch: Watch | None = None) -> Iterator[Completion]:
+        """Completions as they finish. Prompts must not be longer than the context. `watch` sees every row's tokens grow."""
+        started = time.monotonic()
+        rows = [Row(request, min(request.sampling.maximum_tokens, self.context - len(request.tokens))) for request in requests]
+        for row in rows:
+            if row.limit <= 0:
+                row.seconds = 0.0
+                yield self._completion(row)
+        rows = [row for row in rows if not row.is_done]
+        if rows:
+            for row in self._continue(rows, watch):
+                row.seconds = time.monotonic() - started
+                yield self._completion(row)
+
+    @torch.inference_mode()
+    def _continue(self, rows: list[Row], watch: Watch | None) -> Iterator[Row]:
+        """Rows as they end: at the end of text, a stop string or their limit."""
+        device = self.stage.mesh.device
+        steps = max(row.limit for row in rows)
+        rules = Rules.of([row.request for row in rows], steps=steps, device=device)
+        text, lengths = self._prompts([row.request for row in rows], steps)
+        longest = int(lengths.max())
+        cache = self._cache(len(rows), longest + steps)
+        tokens, counts = text[:, :longest], lengths
+        for step in range(steps):
+            chosen = self._step(tokens, counts, cache, rules, step, rows)
+            for index, (row, token) in enumerate(zip(rows, chosen.tolist(), strict=True)):
+                if not row.is_done:
+                    self._take(row, token)
+                    if watch:
+                        watch(index, row.tokens)
+                    if row.finished or len(row.tokens) == row.limit:
+                        yield row
+            if all(row.is_done for row in rows):
+                return
+            tokens, counts = chosen.unsqueeze(1), torch.ones_like(counts)
+            if self.recompute:
+                text = text.scatter(1, (lengths + step).unsqueeze(1), tokens)
+                tokens, counts = text[:, : longest + step + 1], lengths + step + 1
+                cache = self._cache(len(rows), longest + steps)
+
+    def _prompts(self, requests: list[Request], steps: int) -> tuple[Tensor, Tensor]:
+        """The prompts side by side [b longest + steps], with what follows each still unwritten, and their lengths [b]."""
+        lengths = torch.tensor([len(request.tokens) for request in requests])
+        text = torch.full((len(requests), int(lengths.max()) + steps), self.tokenizer.eod)
+        for index, request in enumerate(requests):
+            text[index, : len(request.tokens)] = torch.tensor(request.tokens)
+        device = self.stage.mesh.device
+        return text.to(device), lengths.to(device)
+
+    def _cache(self, rows: int, slots: int) -> Cache:
+        stage, spec = self.stage, self.spec
+        heads = max(1, spec.kv_heads // stage.mesh.tp.size)
+        return Cache.empty(stage.layers, spec, rows=rows, slots=slots, heads=heads, dtype=stage.dtype, device=stage.mesh.device)
+
+    def _step(self, tokens: Tensor, counts: Tensor, cache: Cache, rules: Rules, step: int, rows: list[Row]) -> Tensor:
+        """The next token of every row [b], having seen its first `counts` [b] of `tokens` [b s]."""
+        length = tokens.shape[1]
+
+        def visit(number: int, layer: nn.Module, x: Tensor) -> Tensor:
+            if number in cache.keys:
+                return layer(x, cache.layer(number, length))
+            if number == self.spec.norm_number:  # only the last position of a row says something about its next token
+                x = x[torch.arange(len(x), device=x.device), counts - 1].unsqueeze(1)
+            return layer(x)
+
+        def finish(logits: Tensor) -> Tensor:
+            words = self.stage.mesh.tp.gather(logits.squeeze(1).contiguous()).float()
+            words[:, self.tokenizer.vocab_size :] = -torch.inf  # rows that only pad the vocabulary were never trained
+            chosen = choose(words, rules, step)
+            if self.keep_logits:
+                return torch.cat([chosen.unsqueeze(1).double(), words.double()], 1)
+            return chosen
+
+        width = [self.spec.vocab + 1] if self.keep_logits else []
+        kind = torch.double if self.keep_logits else torch.long
+        answer = torch.empty([len(tokens), *width], dtype=kind, device=tokens.device)
+        result = self.stage.run(tokens, visit, finish=finish, answer=answer)
+        cache.advance(counts, length)
+        if not self.keep_logits:
+            return result
+        for row, values in zip(rows, result[:, 1:].float().tolist(), strict=True):
+            if not row.is_done:
+                row.logits.append(values)
+        return result[:, 0].long()
+
+    def _take(self, row: Row, token: int) -> None:
+        if token == self.tokenizer.eod:
+            row.finished = True
+            return
+        row.tokens.append(token)
+        if stops := row.request.sampling.stop:
+            window = max(len(stop.encode()) for stop in stops) + 8  # a token is at least a byte; characters may straddle the window's edge
+            if any(stop in self.tokenizer.decode(row.tokens[-window:]) for stop in stops):
+                self._cut(row, stops)
+
+    def _cut(self, row: Row, stops: tuple[str, ...]) -> None:
+        """Ends the row before the first stop string."""
+        text = self.tokenizer.decode(row.tokens)
+        found = [text.index(stop) for stop in stops if stop in text]
+        if not found:
+            return
+        row.finished = True
+        row.text = text[: min(found)]
+        while row.tokens and len(self.tokenizer.decode(row.tokens[:-1])) >= len(row.text):
+            row.tokens.pop()
+
+    def _completion(self, row: Row) -> Completion:
+        text = row.text if row.text is not None else self.tokenizer.decode(row.tokens)
+        message = NOT_STARTED if row.limit <= 0 else None
+        logits = row.logits if self.keep_logits else None
+        return Completion(row.request, text if row.tokens else None, len(row.tokens), row.finished, message, row.seconds or 0.0, logits)

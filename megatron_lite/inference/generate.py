@@ -1,0 +1,126 @@
+"""What `generate.py` does: prompts from a file, from nothing or from the terminal; completions to a file of JSON lines or to the terminal."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+from tqdm import tqdm
+
+from megatron_lite.config.sections import GenerationSection
+from megatron_lite.data.jsonl import RecordWriter, check_writable
+from megatron_lite.data.prompts import Prompt, read_prompts
+from megatron_lite.errors import DataError
+from megatron_lite.inference.decode import Decoder
+from megatron_lite.inference.interactive import converse
+from megatron_lite.inference.request import Codec, Completion, Request, Sampling
+from megatron_lite.log import logger
+from megatron_lite.run import Run, load_stage
+
+SHOWN = 5
+"""Completions that are also printed, so that a first run shows its text."""
+
+
+def generate(run: Run) -> None:
+    """Generates as the configuration says. Everything that can be wrong with prompts and output is found before weights are read."""
+    settings = run.config.generation
+    mode = generation_mode(settings)
+    if mode == "interactive":
+        converse(run, default_sampling(run), lambda: _decoder(run))
+        return
+    output = output_file(settings)
+    if run.mesh.is_writer:
+        check_writable(output, source=settings.sample_input_file)
+    requests = read_requests(run, mode)
+    decoder = _decoder(run)
+    _write_all(run, decoder, requests, output)
+
+
+def generation_mode(settings: GenerationSection) -> str:
+    """text_gen_type, or what NeoX derives where it is silent."""
+    return settings.text_gen_type or ("input-file" if settings.sample_input_file else "unconditional")
+
+
+def output_file(settings: GenerationSection) -> Path:
+    return settings.sample_output_file or Path(f"{settings.sample_input_file or 'samples'}.output.jsonl")
+
+
+def default_sampling(run: Run) -> Sampling:
+    settings = run.config.generation
+    return Sampling(settings.temperature, settings.top_k, settings.top_p, settings.maximum_tokens, settings.stop, run.config.training.seed)
+
+
+def _decoder(run: Run) -> Decoder:
+    settings = run.config.generation
+    stage = load_stage(run)
+    return Decoder(
+        stage, run.spec, cast(Codec, run.tokenizer), context=run.config.model.seq_length, keep_logits=settings.return_logits, recompute=settings.recompute
+    )
+
+
+def read_requests(run: Run, mode: str) -> list[Request]:
+    """The prompts as tokens; raises DataError for one that is longer than the model's context."""
+    settings, context = run.config.generation, run.config.model.seq_length
+    if mode == "unconditional":
+        prompts = [Prompt("")] * settings.num_samples
+    elif settings.sample_input_file is None:
+        raise DataError("text_gen_type is input-file, but no sample_input_file is set; give a file of prompts with -i FILE")
+    else:
+        prompts = read_prompts(settings.sample_input_file, prompt_end=settings.prompt_end)
+    encoded = run.tokenizer.encode_batch([prompt.text for prompt in prompts])
+    for number, tokens in enumerate(encoded, start=1):
+        if len(tokens) > context:
+            raise DataError(f"prompt {number} of {settings.sample_input_file} has {len(tokens)} tokens; the model's context is {context} (seq_length); shorten it")
+    if longest := sum(len(tokens) >= context / 2 for tokens in encoded):
+        logger.warning(f"{longest} of {len(encoded)} prompts fill half of the context of {context} tokens or more; their completions end where it ends")
+    sampling = default_sampling(run)
+    return [as_request(number, prompt, tokens or [run.tokenizer.eod], sampling) for number, (prompt, tokens) in enumerate(zip(prompts, encoded, strict=True))]
+
+
+def as_request(number: int, prompt: Prompt, tokens: Sequence[int], sampling: Sampling) -> Request:
+    """A prompt's own settings win over the configuration's."""
+    own = dict(prompt.settings)
+    if "stop" in own:
+        own["stop"] = (own["stop"],) if isinstance(own["stop"], str) else tuple(cast(list[str], own["stop"]))
+    return Request(number, prompt.text, tuple(tokens), replace(sampling, **own))  # pyright: ignore[reportArgumentType]
+
+
+def _write_all(run: Run, decoder: Decoder, requests: list[Request], output: Path) -> None:
+    """One record a prompt, in the order of the prompts, each written as soon as it and those before it are there."""
+    started, count, tokens = time.monotonic(), 0, 0
+    completions = in_order(_complete(decoder, requests, run.config.generation.generation_batch_size))
+    if not run.mesh.is_writer:
+        for _ in completions:
+            pass
+        return
+    bar = tqdm(total=len(requests), unit="prompt", desc="generating", leave=False)
+    with RecordWriter(output) as records, bar:
+        for completion in completions:
+            records.write(completion.as_record())
+            count, tokens = count + 1, tokens + completion.length
+            bar.update()
+            if count <= SHOWN:
+                bar.write(_shown(completion))
+    seconds = time.monotonic() - started
+    logger.info(f"{count} prompts, {tokens} tokens in {seconds:.1f} s: {tokens / seconds:.1f} tokens/s; written to {output}")
+
+
+def _complete(decoder: Decoder, requests: list[Request], rows: int) -> Iterator[Completion]:
+    for first in range(0, len(requests), rows):
+        yield from decoder.complete(requests[first : first + rows])
+
+
+def in_order(completions: Iterator[Completion]) -> Iterator[Completion]:
+    """Completions by their number, each held back only until those before it are there."""
+    waiting: dict[int, Completion] = {}
+    following = 0
+    for completion in completions:
+        waiting[completion.request.id] = completion
+        while following in waiting:
+            yield waiting.pop(following)
+            following += 1
+
+
+def _shown(completion: Completion) -> str:
+    return f"\n[{completion.request.id + 1}] {completion.request.text}▏{completion.text or completion.message or '(nothing: the text ends here)'}"

@@ -1,0 +1,95 @@
+"""A conversation on the terminal: the first process reads and writes, all of them compute."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from megatron_lite.errors import DataError, UserError
+from megatron_lite.inference.decode import Decoder
+from megatron_lite.inference.request import Request, Sampling
+from megatron_lite.run import Run
+
+QUESTION = "Context prompt >>> "
+
+
+def converse(run: Run, sampling: Sampling, load: Callable[[], Decoder]) -> None:
+    """Prompts until the end of input (Ctrl-D). What is wrong with one prompt is said and does not end the session."""
+    decoder = load()
+    number = 0
+    if run.mesh.is_writer:
+        _say(f"A prompt ends with {run.config.generation.prompt_end!r}; Ctrl-D quits.\n")
+    while (text := run.mesh.share_from_writer(lambda: read_prompt(run.config.generation.prompt_end))) is not None:
+        try:
+            _answer(run, decoder, _request(run, number, text, sampling))
+        except UserError as error:
+            if run.mesh.is_writer:
+                _say(f"{error}\n")
+        number += 1
+    if run.mesh.is_writer:
+        _say("\n")
+
+
+def read_prompt(prompt_end: str) -> str | None:
+    """The lines up to prompt_end, or None at the end of input."""
+    _say(QUESTION)
+    read = ""
+    while prompt_end not in read:
+        line = sys.stdin.readline()
+        if not line:
+            return read.strip() or None
+        read += line
+    return read.split(prompt_end)[0].strip()
+
+
+def _request(run: Run, number: int, text: str, sampling: Sampling) -> Request:
+    tokens = run.tokenizer.encode(text) or [run.tokenizer.eod]
+    context = run.config.model.seq_length
+    if len(tokens) >= context:
+        raise DataError(f"that prompt has {len(tokens)} tokens; the model's context is {context} (seq_length), and one must be free for the answer")
+    return Request(number, text, tuple(tokens), sampling)
+
+
+def _answer(run: Run, decoder: Decoder, request: Request) -> None:
+    stream = Stream(request.sampling.stop)
+    writer = run.mesh.is_writer
+
+    def watch(row: int, tokens: list[int]) -> None:
+        if writer:
+            _say(stream.more(run.tokenizer.decode(tokens)))
+
+    for completion in decoder.complete([request], watch=watch):
+        if writer:
+            _say(stream.rest(completion.text or completion.message or "") + "\n")
+
+
+@dataclass
+class Stream:
+    """Text on its way to the terminal: only what can no longer change is let out."""
+
+    stop: tuple[str, ...]
+    said: str = ""
+
+    def more(self, text: str) -> str:
+        """What may be printed of the text so far: half of a character, and what may become a stop string, waits."""
+        sure = text.rstrip("\ufffd")
+        held = max((_overlap(sure, stop) for stop in self.stop), default=0)
+        return self._let_out(sure[: len(sure) - held])
+
+    def rest(self, text: str) -> str:
+        """What is left to print of the final text."""
+        return self._let_out(text)
+
+    def _let_out(self, text: str) -> str:
+        new = text[len(self.said) :] if text.startswith(self.said) else ""
+        self.said += new
+        return new
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many of the last characters could be the beginning of the stop string."""
+    return next((size for size in range(min(len(stop), len(text)), 0, -1) if text.endswith(stop[:size])), 0)
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

@@ -1,0 +1,148 @@
+"""GPT-NeoX: rotary attention, two LayerNorms, parallel or sequential residuals (Black et al. 2022). Parameter names are those of its layer files."""
+
+from functools import partial
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_lite.models.architecture import Architecture, LayerPlan
+from megatron_lite.models.attention import Rotary, attend
+from megatron_lite.models.cache import Past
+from megatron_lite.models.spec import ModelSpec
+from megatron_lite.models.weights import Same, WeightMap
+from megatron_lite.parallel.layers import ColumnLinear, LayerNorm, PartialRowLinear, RowLinear, VocabularyEmbedding, VocabularyLinear
+from megatron_lite.parallel.mesh import Axis
+
+# b batch, s tokens in this call, d hidden size, h heads on this rank
+
+
+class Embedding(nn.Module):
+    """tokens [b s] -> [b s d]."""
+
+    def __init__(self, spec: ModelSpec, tp: Axis) -> None:
+        super().__init__()
+        self.word_embeddings = VocabularyEmbedding(spec.vocab, spec.hidden, tp=tp)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.word_embeddings(tokens)
+
+
+class Attention(nn.Module):
+    """Multi-head attention; rows of query_key_value are ordered [head][q|k|v][head_dim]."""
+
+    def __init__(self, spec: ModelSpec, tp: Axis, row: type[RowLinear] | type[PartialRowLinear]) -> None:
+        super().__init__()
+        self.head_dim = spec.head_dim
+        self.rotary = Rotary(spec.rotary_dim, spec.rotary_base, spec.max_positions)
+        self.query_key_value = ColumnLinear(spec.hidden, 3 * spec.hidden, tp=tp)
+        self.dense = row(spec.hidden, spec.hidden, tp=tp)
+
+    def forward(self, x: Tensor, past: Past | None) -> Tensor:
+        query, key, value = self.query_key_value(x).unflatten(-1, (-1, 3, self.head_dim)).permute(3, 0, 2, 1, 4).unbind(0)
+        return self.dense(attend(query, key, value, self.rotary, past))
+
+
+class MLP(nn.Module):
+    def __init__(self, spec: ModelSpec, tp: Axis, row: type[RowLinear] | type[PartialRowLinear]) -> None:
+        super().__init__()
+        self.approximate = "tanh" if spec.activation == "gelu_tanh" else "none"
+        self.dense_h_to_4h = ColumnLinear(spec.hidden, spec.ffn, tp=tp)
+        self.dense_4h_to_h = row(spec.ffn, spec.hidden, tp=tp)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(x), approximate=self.approximate))
+
+
+class ParallelBlock(nn.Module):
+    """x + attention(norm(x)) + mlp(norm'(x)): one reduction for both, so their biases are terms of a sum over the ranks."""
+
+    def __init__(self, spec: ModelSpec, tp: Axis) -> None:
+        super().__init__()
+        self.tp = tp
+        self.input_layernorm = LayerNorm(spec.hidden, eps=spec.norm_eps)
+        self.post_attention_layernorm = LayerNorm(spec.hidden, eps=spec.norm_eps)
+        self.attention = Attention(spec, tp, PartialRowLinear)
+        self.mlp = MLP(spec, tp, PartialRowLinear)
+
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+        attended = self.attention(self.input_layernorm(x), past)
+        expanded = self.mlp(self.post_attention_layernorm(x))
+        return x + self.tp.sum(attended + expanded)
+
+
+class SequentialBlock(nn.Module):
+    """y = x + attention(norm(x)), then y + mlp(norm'(y)): two reductions, biases added after them."""
+
+    def __init__(self, spec: ModelSpec, tp: Axis) -> None:
+        super().__init__()
+        self.input_layernorm = LayerNorm(spec.hidden, eps=spec.norm_eps)
+        self.post_attention_layernorm = LayerNorm(spec.hidden, eps=spec.norm_eps)
+        self.attention = Attention(spec, tp, RowLinear)
+        self.mlp = MLP(spec, tp, RowLinear)
+
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+        x = x + self.attention(self.input_layernorm(x), past)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class FinalNorm(nn.Module):
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.norm = LayerNorm(spec.hidden, eps=spec.norm_eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x)
+
+
+class Head(nn.Module):
+    """[b s d] -> this rank's part of the vocabulary's logits [b s v]."""
+
+    def __init__(self, spec: ModelSpec, tp: Axis) -> None:
+        super().__init__()
+        self.final_linear = VocabularyLinear(spec.vocab, spec.hidden, tp=tp)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.final_linear(x)
+
+
+class TiedHead(nn.Module):
+    """The head whose weight is the embedding's, and lies in its file."""
+
+    def __init__(self, spec: ModelSpec, tp: Axis) -> None:
+        super().__init__()
+        self.word_embeddings = VocabularyLinear(spec.vocab, spec.hidden, tp=tp)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.word_embeddings(x)
+
+
+def plan(spec: ModelSpec, tp: Axis) -> LayerPlan:
+    block = ParallelBlock if spec.parallel_residual else SequentialBlock
+    return {
+        0: partial(Embedding, spec, tp),
+        **{number: partial(block, spec, tp) for number in range(2, spec.layers + 2)},
+        spec.norm_number: partial(FinalNorm, spec),
+        spec.head_number: partial(TiedHead if spec.tied_head else Head, spec, tp),
+    }
+
+
+def huggingface(spec: ModelSpec) -> WeightMap:
+    """Names on disk in a Hugging Face GPT-NeoX folder; the fused rows of query_key_value keep NeoX's order there."""
+    names: WeightMap = {(0, "word_embeddings.weight"): Same("gpt_neox.embed_in.weight")}
+    for number in range(2, spec.layers + 2):
+        for name in BLOCK_NAMES:
+            names[number, name] = Same(f"gpt_neox.layers.{number - 2}.{name}")
+    for kind in ("weight", "bias"):
+        names[spec.norm_number, f"norm.{kind}"] = Same(f"gpt_neox.final_layer_norm.{kind}")
+    if not spec.tied_head:
+        names[spec.head_number, "final_linear.weight"] = Same("embed_out.weight", "lm_head.weight")
+    return names
+
+
+BLOCK_NAMES = [
+    f"{module}.{kind}"
+    for module in ("input_layernorm", "post_attention_layernorm", "attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+    for kind in ("weight", "bias")
+]
+
+ARCHITECTURE = Architecture("neox", plan, huggingface, "gpt_neox")

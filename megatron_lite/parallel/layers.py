@@ -1,0 +1,83 @@
+"""Layers that know their cut, as data: `rules` says for every parameter how ranks share it. Nowhere else is that stated."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_lite.parallel.mesh import Axis
+from megatron_lite.parallel.shards import Partial, Replicate, Rule, Split
+
+# b batch, s tokens in this call, d hidden size, v rows of the vocabulary on this rank
+
+
+class ColumnLinear(nn.Linear):
+    """Ranks compute different output columns of the same input."""
+
+    rules: dict[str, Rule] = {"weight": Split(0), "bias": Split(0)}
+
+    def __init__(self, inputs: int, outputs: int, *, tp: Axis, bias: bool = True) -> None:
+        super().__init__(inputs, outputs // tp.size, bias=bias)
+        self.tp = tp
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.tp.copy(x))
+
+
+class RowLinear(nn.Linear):
+    """Ranks hold different input columns; outputs are summed, then the bias is added, the same on every rank."""
+
+    rules: dict[str, Rule] = {"weight": Split(1), "bias": Replicate()}
+
+    def __init__(self, inputs: int, outputs: int, *, tp: Axis) -> None:
+        super().__init__(inputs // tp.size, outputs)
+        self.tp = tp
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tp.sum(F.linear(x, self.weight)) + self.bias
+
+
+class PartialRowLinear(nn.Linear):
+    """Ranks hold different input columns and a term of the bias each; the caller sums over the ranks, so that two layers can share one reduction."""
+
+    rules: dict[str, Rule] = {"weight": Split(1), "bias": Partial()}
+
+    def __init__(self, inputs: int, outputs: int, *, tp: Axis) -> None:
+        super().__init__(inputs // tp.size, outputs)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Every rank normalises the whole hidden state with its own copy of the scale."""
+
+    rules: dict[str, Rule] = {"weight": Replicate(), "bias": Replicate()}
+
+
+class VocabularyEmbedding(nn.Module):
+    """Ranks hold different rows of the table: tokens [b s] -> [b s d]."""
+
+    rules: dict[str, Rule] = {"weight": Split(0, padded=True)}
+
+    def __init__(self, vocab: int, hidden: int, *, tp: Axis) -> None:
+        super().__init__()
+        self.tp = tp
+        self.weight = nn.Parameter(torch.empty(vocab // tp.size, hidden))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if self.tp.size == 1:
+            return F.embedding(tokens, self.weight)
+        local = tokens - self.tp.index * len(self.weight)
+        elsewhere = (local < 0) | (local >= len(self.weight))
+        return self.tp.sum(F.embedding(local.masked_fill(elsewhere, 0), self.weight).masked_fill(elsewhere.unsqueeze(-1), 0))
+
+
+class VocabularyLinear(nn.Module):
+    """Ranks compute the logits of different words, never gathered here: [b s d] -> [b s v]."""
+
+    rules: dict[str, Rule] = {"weight": Split(0, padded=True)}
+
+    def __init__(self, vocab: int, hidden: int, *, tp: Axis) -> None:
+        super().__init__()
+        self.tp = tp
+        self.weight = nn.Parameter(torch.empty(vocab // tp.size, hidden))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.tp.copy(x), self.weight)

@@ -1,0 +1,178 @@
+"""The processes as a grid of pipe x data x model, and what the ranks along one axis can do together.
+
+Every operation is the identity at size 1, so the same model runs without torch.distributed.
+"""
+
+import os
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Iterator, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from megatron_lite.errors import LayoutError
+from megatron_lite.parallel.layout import Layout
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The ranks that differ from this one along one axis of the mesh only. `ranks` are their numbers in the whole world, `index` is ours among them."""
+
+    name: str
+    index: int = 0
+    ranks: tuple[int, ...] = (0,)
+    group: dist.ProcessGroup | None = None
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+    @property
+    def is_first(self) -> bool:
+        return self.index == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.index == self.size - 1
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over the axis, accumulated in fp32; gradients pass unchanged (each rank's term entered once)."""
+        return x if self.size == 1 else _Sum.apply(x, self)
+
+    def copy(self, x: Tensor) -> Tensor:
+        """x itself, entering work that is cut over the axis; gradients are summed, because every rank saw all of x."""
+        return x if self.size == 1 else _Copy.apply(x, self)
+
+    def maximum(self, x: Tensor) -> Tensor:
+        """The elementwise maximum over the axis; no gradients."""
+        if self.size > 1:
+            x = x.detach().clone()
+            dist.all_reduce(x, dist.ReduceOp.MAX, group=self.group)
+        return x
+
+    def gather(self, x: Tensor) -> Tensor:
+        """The ranks' tensors joined along the last dim; no gradients."""
+        if self.size == 1:
+            return x
+        parts = [torch.empty_like(x) for _ in self.ranks]
+        dist.all_gather(parts, x.contiguous(), group=self.group)
+        return torch.cat(parts, -1)
+
+    def share(self, x: Tensor, *, source: int) -> Tensor:
+        """What rank `source` of the axis holds, on every rank. x is overwritten elsewhere."""
+        if self.size > 1:
+            dist.broadcast(x, self.ranks[source], group=self.group)
+        return x
+
+    def send(self, x: Tensor, *, to: int) -> None:
+        dist.send(x.contiguous(), self.ranks[to], group=self.group)
+
+    def receive(self, like: Tensor, *, source: int) -> Tensor:
+        """Fills `like` with what rank `source` of the axis sends."""
+        dist.recv(like, self.ranks[source], group=self.group)
+        return like
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, axis: Axis) -> Tensor:
+        return _all_reduce(x, axis)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return _all_reduce(gradients[0], ctx.axis), None
+
+
+def _all_reduce(x: Tensor, axis: Axis) -> Tensor:
+    total = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=axis.group)
+    return total.to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This process's place among all: its three axes and its device."""
+
+    layout: Layout
+    rank: int
+    device: torch.device
+    pp: Axis
+    dp: Axis
+    tp: Axis
+
+    @property
+    def is_writer(self) -> bool:
+        """True on the one process that writes to disk and to the terminal."""
+        return self.rank == 0
+
+    def share_from_writer(self, make: Callable[[], T]) -> T:
+        """What `make` returns on the writer, on every rank. Only for small things."""
+        box: list[T | None] = [make() if self.is_writer else None]
+        if self.layout.size > 1:
+            dist.broadcast_object_list(box, 0)
+        return box[0]  # pyright: ignore[reportReturnType]
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        if self.layout.size > 1:
+            dist.barrier()
+
+
+def single_mesh(device: torch.device | None = None) -> Mesh:
+    """The mesh of one process alone."""
+    return Mesh(Layout(), 0, device or torch.device("cpu"), Axis("pp"), Axis("dp"), Axis("tp"))
+
+
+def build_mesh(layout: Layout, *, rank: int, device: torch.device) -> Mesh:
+    """Process groups for every axis. torch.distributed must be initialised with layout.size ranks; every rank calls this."""
+    if layout.size == 1:
+        return single_mesh(device)
+    if dist.get_world_size() != layout.size:
+        raise LayoutError(f"{layout} needs {layout.size} processes; {dist.get_world_size()} were started")
+    here = dict(zip(("pp", "dp", "tp"), layout.coordinates(rank), strict=True))
+    axes: dict[str, Axis] = {}
+    for name in here:
+        lines: dict[tuple[int, ...], list[int]] = {}
+        for other in range(layout.size):
+            place = dict(zip(here, layout.coordinates(other), strict=True))
+            lines.setdefault(tuple(at for axis, at in place.items() if axis != name), []).append(other)
+        for line in lines.values():  # new_group is collective: every rank makes every group, in the same order
+            group = dist.new_group(line) if len(line) > 1 else None
+            if rank in line:
+                axes[name] = Axis(name, line.index(rank), tuple(line), group)
+    return Mesh(layout, rank, device, axes["pp"], axes["dp"], axes["tp"])
+
+
+@contextmanager
+def joined_world(*, timeout: timedelta = timedelta(minutes=30)) -> Iterator[tuple[int, int, torch.device]]:
+    """Joins the processes that were started together (RANK, WORLD_SIZE, LOCAL_RANK) and leaves them at the end. Yields rank, world size and our device."""
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout, device_id=device if device.type == "cuda" else None)
+    try:
+        yield rank, world, device
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
