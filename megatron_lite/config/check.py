@@ -74,7 +74,7 @@ def _family(model: ModelSection) -> Broken:
         yield "num_kv_heads", "num_kv_heads other than num_attention_heads is not built for a model of the neox family"
     if family == "llama" and not model.gated:
         yield "activation", "a model of the llama family needs activation: swiglu (or, in older files, silu together with mlp_type: llama)"
-    if family == "llama" and model.use_bias_in_mlp and model.mlp_type != "llama":
+    if family == "llama" and model.use_bias_in_mlp and "use_bias_in_mlp" in model.model_fields_set:  # NeoX's own files leave it out
         yield "use_bias_in_mlp", "a model of the llama family needs use_bias_in_mlp: false"
     if family != "llama" and model.activation == "silu":
         yield "activation", "activation silu is built together with mlp_type: llama only, where it means swiglu"

@@ -3,10 +3,16 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-# Older spellings of a key.
+# Older names of a key.
 RENAMED = {
     "gas": "gradient_accumulation_steps",
     "save_interval": "checkpoint_factor",
+}
+
+# Older ways to state another key's value: megatron_lite/config/older.py does the sum.
+RESTATED = {
+    "warmup_iters": "warmup, as steps instead of a share of lr_decay_iters",
+    "decay_lr_to": "min_lr, as a share of the optimizer's learning rate",
 }
 
 # Handed over as they are written: they go into DeepSpeed's own configuration.
@@ -91,7 +97,7 @@ WITHOUT_EFFECT: dict[str, Idle] = {
     **_idle("the loss is computed in fp32, which is more exact", fp16_lm_cross_entropy=False),
     **_idle("weights are made or read straight on their device", use_cpu_initialization=False),
     **_idle(
-        "recomputed activations are kept on their device and not spread, which costs memory and changes no number",
+        "torch recomputes activations, and has no such choice; no number changes",
         partition_activations=False,
         contiguous_checkpointing=False,
         checkpoint_in_cpu=False,
@@ -113,6 +119,7 @@ WITHOUT_EFFECT: dict[str, Idle] = {
         config_files=None,
         lazy_mpu_init=False,
         curriculum_seqlen=0,
+        detect_nvlink_pairs=False,
     ),
     **_idle(
         "it is left over from Megatron and nothing reads it in NeoX either",
@@ -230,7 +237,11 @@ REFUSED: dict[str, Refusal] = {
     "sparse_attention": Refusal(None, "sparse attention is not built"),
     "curriculum_learning": Refusal(None, "curriculum learning is not built", _switched_off),
     "soft_prompt_tuning": Refusal(None, "soft prompts are not built", _switched_off),
-    **_refused("attention looks back over the whole context, windows are not built", sliding_window_width=None),
+    **_refused(
+        "windows are not built; leave the key out where seq_length is no more than the window, for then it changes nothing",
+        sliding_window_width=None,
+    ),
+    **_refused("attention and positions run on through the documents of a sample", reset_attention_mask=False, reset_position_ids=False),
     **_refused("a norm of queries and keys is not built", use_qk_layernorm=False),
     **_refused("mixtures of experts are not built; the model has one MLP per block", moe_num_experts=1),
     **_refused("sequence parallelism is not built; leave it false", sequence_parallel=False),

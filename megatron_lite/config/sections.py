@@ -52,7 +52,7 @@ class ModelSection(Section):
     no_weight_tying: bool = Field(False, description="the output matrix is a parameter of its own, not the embedding")
     use_bias_in_norms: bool = Field(True, description="norms have a bias; rmsnorm never has one")
     use_bias_in_attn_linear: bool = Field(True, description="the projections of attention have biases")
-    use_bias_in_mlp: bool = Field(True, description="the projections of the MLP have biases")
+    use_bias_in_mlp: bool = Field(True, description="the projections of the MLP have biases; in a llama model they never do")
     init_method: Initializer = Field("normal", description="distribution of new weights")
     output_layer_init_method: Initializer = Field("scaled_normal", description="distribution of new weights that write to the residual stream")
     init_method_std: Positive = Field(0.02, description="standard deviation where init_method is normal or scaled_normal")
