@@ -1,0 +1,31 @@
+"""Shared by all tests: GPU tests are skipped aloud where GPUs are missing, slow ones run when asked for, shared data is found."""
+
+from pathlib import Path
+
+import pytest
+
+GPUS_NEEDED = {"gpu": 1, "multigpu": 2}
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    needs = [(item, GPUS_NEEDED[name]) for item in items for name in GPUS_NEEDED if item.get_closest_marker(name)]
+    if needs:
+        import torch
+
+        found = torch.cuda.device_count()
+        for item, needed in needs:
+            if found < needed:
+                item.add_marker(pytest.mark.skip(reason=f"needs {needed} GPU(s), {found} found"))
+    if not config.getoption("markexpr"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow: run it with pytest -m slow"))
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of tokenizers and texts that lies beside the checkout on the maintainers' machines."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"no folder {SHARED_DATA}: tokenizers and texts of others are not part of the project")
+    return SHARED_DATA
