@@ -1,0 +1,27 @@
+"""What a launcher has to run on one host."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where the processes of several hosts meet: an address and port on the first host, and which of the hosts this one is."""
+
+    name: str
+    address: str
+    port: int
+    hosts: int
+    host: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """A script, its words, and how many processes of it run on this host. `logs` is the folder for what they say."""
+
+    name: str
+    script: Path
+    words: tuple[str, ...]
+    processes: int
+    logs: Path
+    meeting: Meeting | None = None

@@ -1,0 +1,51 @@
+"""Which place among the processes this one has: RANK and its kin as torchrun and deepy set them, filled in where SLURM's srun started us."""
+
+import os
+import re
+from collections.abc import Mapping, MutableMapping
+
+from megatron_lite.errors import LayoutError
+
+FIRST_PORT, PORTS = 20000, 12000  # below the range that systems hand out on their own
+
+
+def fill_environment(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT from SLURM's variables, if nobody set RANK and this is a step of several tasks."""
+    if "RANK" in environment or not _is_step(environment):
+        return
+    tasks = environment.get("SLURM_STEP_NUM_TASKS") or environment["SLURM_NTASKS"]
+    if int(tasks) > 1:
+        environment.update(
+            RANK=environment["SLURM_PROCID"],
+            WORLD_SIZE=tasks,
+            LOCAL_RANK=environment.get("SLURM_LOCALID", "0"),
+            MASTER_ADDR=environment.get("MASTER_ADDR") or _first_address(environment),
+            MASTER_PORT=environment.get("MASTER_PORT") or str(_port(environment)),
+        )
+
+
+def _is_step(environment: Mapping[str, str]) -> bool:
+    """Whether srun started this process; the shell of a batch script has a SLURM_PROCID too, but is not one of several."""
+    stepped = "SLURM_STEP_ID" in environment or "SLURM_STEP_NUM_TASKS" in environment
+    return stepped and "SLURM_PROCID" in environment and ("SLURM_NTASKS" in environment or "SLURM_STEP_NUM_TASKS" in environment)
+
+
+def _first_address(environment: Mapping[str, str]) -> str:
+    """Where rank 0 runs: the first host of the step. The address srun was called at may be a login node."""
+    hosts = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
+    address = first_host(hosts) if hosts else environment.get("SLURM_LAUNCH_NODE_IPADDR")
+    if not address:
+        raise LayoutError("SLURM started several tasks without SLURM_JOB_NODELIST; set MASTER_ADDR to the host of the first task")
+    return address
+
+
+def first_host(hosts: str) -> str:
+    """The first host of a list as SLURM writes it: gpu[003-006,9]-ib,login becomes gpu003-ib."""
+    match = re.match(r"([^,\[]*)(?:\[(\w+)[^\]]*\])?([^,\[]*)", hosts)
+    return "".join(part or "" for part in match.groups()) if match else hosts
+
+
+def _port(environment: Mapping[str, str]) -> int:
+    """A port that every task of a step derives alike, and two jobs on one machine seldom share."""
+    job, step = (int(environment.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    return FIRST_PORT + (job + step) % PORTS

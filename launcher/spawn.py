@@ -1,0 +1,68 @@
+"""Runs the processes of a job on this host, and says what became of them: nothing if all went well, else the first failure, last and once."""
+
+import os
+import sys
+import termios
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from signal import Signals
+
+from launcher.failure import verdict
+from launcher.job import Job
+from launcher.worker import PARENT
+from megatron_lite.errors import OutputError
+
+SAFE_PATH = ["-P"] if sys.version_info >= (3, 11) else []  # the script's folder stays off sys.path
+
+
+def new_log_folder(name: str, parent: Path) -> Path:
+    """A fresh folder named after the script and the time."""
+    stamp = f"{name}-{time.strftime('%Y-%m-%d-%H%M%S')}"
+    for folder in (parent / (stamp + again) for again in ("", *(f"-{number}" for number in range(2, 100)))):
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            if not folder.is_dir():
+                raise OutputError(f"{parent} (log_dir) is not a folder; set log_dir to one") from None
+        except OSError as error:
+            raise OutputError(f"the folder for logs {folder} cannot be made: {error.strerror}; set log_dir to a folder that can be written") from None
+        else:
+            return folder
+    raise OutputError(f"{parent} (log_dir) is full of folders {stamp}-*; set log_dir to another folder")
+
+
+def spawn(job: Job) -> int:
+    """Runs a job to its end. Returns the exit code for the whole program, after the first failure was printed to stderr."""
+    os.environ[PARENT] = str(os.getpid())
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // job.processes)))
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its remarks about sockets help nobody
+    from launcher.agent import run_agent
+
+    with kept_terminal():
+        ends = run_agent(job, sys.executable, [*SAFE_PATH, str(job.script), *job.words])
+    if isinstance(ends, Signals):
+        _say(f"stopped by {ends.name}; logs: {job.logs}")
+        return 128 + ends
+    if not ends:
+        return 0
+    words, code = verdict(ends, job.logs)
+    _say(words)
+    return code
+
+
+def _say(words: str) -> None:
+    start = "\n" if sys.stderr.isatty() else ""  # a progress bar may have been cut off in its line
+    print(start + words, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def kept_terminal() -> Iterator[None]:
+    """Gives the terminal back as it was: a process killed while it reads a line leaves it without echo."""
+    before = termios.tcgetattr(0) if os.isatty(0) else None
+    try:
+        yield
+    finally:
+        if before and os.tcgetpgrp(0) == os.getpgrp():  # in the background it is somebody else's
+            termios.tcsetattr(0, termios.TCSADRAIN, before)
