@@ -61,8 +61,17 @@ def fill(layer: nn.Module, number: int, source: Source, tp: Axis, progress: Prog
         rule: Rule = layer.get_submodule(module_name).rules[name]  # pyright: ignore[reportIndexIssue, reportAssignmentType]
         stored = _stored(shards, path, source, stored_number)
         _check_shape(rule, stored, parameter, tp.size, f"{source.place(stored_number)}: {path}")
-        parameter.copy_(take(rule, stored, tp.index, tp.size))
+        _hold(layer.get_submodule(module_name), name, take(rule, stored, tp.index, tp.size))
         progress(parameter.nbytes)
+
+
+def _hold(module: nn.Module, name: str, found: Tensor) -> None:
+    """Copies into the parameter; drifted copies that are kept apart (RankLocal) make it larger."""
+    parameter = module.get_parameter(name)
+    if found.shape != parameter.shape:
+        parameter = nn.Parameter(parameter.new_empty(found.shape), requires_grad=parameter.requires_grad)
+        module.register_parameter(name, parameter)
+    parameter.copy_(found)
 
 
 def _stored(shards: Shards, path: str, source: Source, number: int) -> list[Tensor]:

@@ -5,9 +5,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_lite.parallel.mesh import Axis
-from megatron_lite.parallel.shards import Partial, Replicate, Rule, Split
+from megatron_lite.parallel.shards import Partial, RankLocal, Replicate, Rule, Split
 
 # b batch, s tokens in this call, d hidden size, v rows of the vocabulary on this rank
+
+
+def columns(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """[b s d] -> [b s columns]. From norms that drifted apart comes one x for every saved rank, [ranks b s d], each meant for the columns of its rank."""
+    if x.dim() == 3:
+        return F.linear(x, weight, bias)
+    biases = bias.chunk(len(x)) if bias is not None else [None] * len(x)
+    return torch.cat([F.linear(*mine) for mine in zip(x, weight.chunk(len(x)), biases, strict=True)], -1)
 
 
 class ColumnLinear(nn.Linear):
@@ -20,7 +28,7 @@ class ColumnLinear(nn.Linear):
         self.tp = tp
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(self.tp.copy(x))
+        return columns(self.tp.copy(x), self.weight, self.bias)
 
 
 class RowLinear(nn.Linear):
@@ -46,9 +54,16 @@ class PartialRowLinear(nn.Linear):
 
 
 class LayerNorm(nn.LayerNorm):
-    """Every rank normalises the whole hidden state with its own copy of the scale."""
+    """Every rank normalises the whole hidden state with its own copy of the scale: [b s d] -> [b s d], or [ranks b s d] where this rank took the place of
+    several whose copies differ."""
 
-    rules: dict[str, Rule] = {"weight": Replicate(), "bias": Replicate()}
+    rules: dict[str, Rule] = {"weight": RankLocal(), "bias": RankLocal()}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight.dim() == self.bias.dim() == 1:
+            return super().forward(x)
+        pairs = zip(*torch.broadcast_tensors(self.weight, self.bias), strict=True)
+        return torch.stack([F.layer_norm(x, self.normalized_shape, weight, bias, self.eps) for weight, bias in pairs])
 
 
 class VocabularyEmbedding(nn.Module):
@@ -80,4 +95,4 @@ class VocabularyLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocab // tp.size, hidden))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.tp.copy(x), self.weight)
+        return columns(self.tp.copy(x), self.weight)

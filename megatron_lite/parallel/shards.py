@@ -1,4 +1,4 @@
-"""How a parameter is cut over tensor-parallel ranks: four rules, and `take`, which serves any cut from files of any other cut.
+"""How a parameter is cut over tensor-parallel ranks: five rules, and `take`, which serves any cut from files of any other cut.
 
 Shards are what the ranks of one cut hold, in rank order. They may be memory-mapped: only the slices that are needed are touched.
 """
@@ -93,8 +93,7 @@ class SplitParts:
 
 @dataclass(frozen=True)
 class Replicate:
-    """Every rank holds the same. Copies that drifted apart in training (20B's norms did) stay local where ranks are split further, and are averaged
-    in fp32 where ranks are merged."""
+    """Every rank holds the same. Copies that drifted apart stay local where ranks are split further, and are averaged in fp32 where ranks are merged."""
 
     def split(self, full: Tensor, size: int) -> list[Tensor]:
         return [full] * size
@@ -111,6 +110,19 @@ class Replicate:
         if all(torch.equal(first, shards[rank]) for rank in merged[1:]):
             return first
         return torch.stack([shards[rank].float() for rank in merged]).mean(0).to(first.dtype)
+
+
+@dataclass(frozen=True)
+class RankLocal(Replicate):
+    """Copies that may have drifted apart in training, as 20B's norms did, each belonging to the columns of its rank. Merging ranks keeps the different
+    copies [copies, ...], so that no cut changes the model; `merge`, for formats that know only one, averages."""
+
+    def merge(self, shards: Sequence[Tensor]) -> Tensor:
+        return Replicate().take(shards, 0, 1)
+
+    def take(self, shards: Sequence[Tensor], index: int, size: int) -> Tensor:
+        merged = [shards[rank] for rank in _ranks_within(len(shards), index, size)]
+        return merged[0] if all(torch.equal(merged[0], shard) for shard in merged[1:]) else torch.stack(merged)
 
 
 @dataclass(frozen=True)
