@@ -10,6 +10,8 @@ from types import TracebackType
 
 from megatron_lite.errors import DataError, OutputError
 
+CHUNK = 1 << 20  # bytes
+
 
 def read_records(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
     """Line number and object of every line of a file; blank lines are passed over."""
@@ -51,8 +53,24 @@ def check_writable(path: Path, *, source: Path | None = None) -> None:
         raise OutputError(f"the output {path} is also the input, which would be overwritten; choose another output")
 
 
+def trim_cut_line(path: Path) -> None:
+    """Cuts off the piece of a line that a killed RecordWriter may have left: SIGKILL can end even a single write half way."""
+    if not path.is_file():
+        return
+    with path.open("rb+") as file:
+        end = whole = file.seek(0, os.SEEK_END)
+        newline = -1
+        while whole and newline < 0:
+            start = max(0, whole - CHUNK)
+            file.seek(start)
+            newline = file.read(whole - start).rfind(b"\n")
+            whole = start + newline + 1  # no newline: look at what lies before start
+        if whole < end:
+            file.truncate(whole)
+
+
 class RecordWriter:
-    """Replaces a file by records, each written at once as one whole line: whenever the program is killed, whole lines are left."""
+    """Replaces a file by records. Each is one whole line, handed to the system in one piece as soon as it is written."""
 
     def __init__(self, path: Path) -> None:
         check_writable(path)

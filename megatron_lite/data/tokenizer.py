@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -108,12 +107,7 @@ class CharLevelTokenizer:
 
 def load_tokenizer(section: TokenizerSection) -> Tokenizer:
     """The tokenizer that tokenizer_type, vocab_file and merge_file describe."""
-    name = section.tokenizer_type
-    if name not in LOADERS:
-        nearest = get_close_matches(name, LOADERS, n=1)
-        hint = f"did you mean {nearest[0]}?" if nearest else f"use one of {', '.join(LOADERS)}"
-        raise TokenizerError(f"tokenizer_type {name} is unknown; {hint}")
-    return LOADERS[name](section)
+    return LOADERS[section.tokenizer_type](section)
 
 
 def _load_json(section: TokenizerSection) -> Tokenizer:
