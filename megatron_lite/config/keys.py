@@ -246,7 +246,7 @@ REFUSED: dict[str, Refusal] = {
     **_refused("mixtures of experts are not built; the model has one MLP per block", moe_num_experts=1),
     **_refused("sequence parallelism is not built; leave it false", sequence_parallel=False),
     **_refused(
-        "TransformerEngine is not used; its checkpoints load without it",
+        "layers of TransformerEngine are not built; leave it false",
         te_columnparallel=False,
         te_rowparallel=False,
         te_layernorm_mlp=False,
@@ -301,7 +301,7 @@ REFUSED: dict[str, Refusal] = {
     **_refused("checkpoints are written to a folder; copy them to S3 with a tool of your own", s3_path=None),
     **_refused("every tensor's name and shape is checked when loading, its logits are not", checkpoint_validation_with_forward_pass=False),
     **_refused("perplexity per character is not built", char_level_ppl=False),
-    **_refused("Comet is not built; use metrics.jsonl, wandb or TensorBoard", use_comet=False),
+    "use_comet": Refusal(None, "Comet is not built; use metrics.jsonl, wandb or TensorBoard", lambda value: value is False),
     **_refused("this statistic is not built", log_grad_pct_zeros=False, log_optimizer_states=False, log_gradient_noise_scale=False),
     **_refused("profilers are run from outside", profile=False, memory_profiling=False),
 }

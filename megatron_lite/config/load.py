@@ -52,12 +52,32 @@ def _gather(readings: Sequence[Reading], overrides: Mapping[str, object]) -> tup
     problems = [problem for reading in readings for problem in reading.problems]
     stated = {setting.key: setting for reading in readings for setting in reading.settings}
     for key, value in overrides.items():
+        block, *path = key.split(".")
+        plain = plain_key(block)
         try:
-            stated[plain_key(key)] = _override(key, value, source=len(readings))
+            parsed = _parsed(value, literal=plain in FIELDS and is_text(FIELDS[plain]))
         except yaml.YAMLError:
             problems.append(f"command line: {key}={value} cannot be read as a value; put quotes around it")
+            continue
+        whole = _with_leaf(stated[plain].value if plain in stated else None, path, parsed)
+        stated[plain] = Setting(plain, whole, "command line", source=len(readings))
     stated, older = restated(stated)
     return stated, problems + older
+
+
+def _parsed(value: object, *, literal: bool) -> object:
+    """A word of the command line, read as in a file; a literal one is taken as it stands, unless it is null or begins like YAML."""
+    if not isinstance(value, str) or (literal and value != "null" and not value.startswith(("[", "{", '"', "'"))):
+        return value
+    return parse_value(value)
+
+
+def _with_leaf(block: object, path: Sequence[str], leaf: object) -> object:
+    """The same block, but for what stands at the end of this path: optimizer.params.lr=1e-5."""
+    if not path:
+        return leaf
+    known = block if isinstance(block, dict) else {}
+    return {**known, path[0]: _with_leaf(known.get(path[0]), path[1:], leaf)}
 
 
 def _assemble(stated: Stated, sections: Mapping[str, Section], precision: Precision, paths: tuple[Path, ...]) -> RunConfig:
@@ -70,15 +90,6 @@ def _assemble(stated: Stated, sections: Mapping[str, Section], precision: Precis
         notes=tuple(_notes(stated)),
         origins={key: setting.origin for key, setting in stated.items()},
     )
-
-
-def _override(key: str, value: object, *, source: int) -> Setting:
-    """One word of the command line. It is read as in a file, except that a setting which is text takes the word as it stands, unless it begins like YAML."""
-    plain = plain_key(key)
-    literal = plain in FIELDS and is_text(FIELDS[plain]) and value != "null"
-    if isinstance(value, str) and not (literal and not value.startswith(("[", "{", '"', "'"))):
-        value = parse_value(value)
-    return Setting(plain, value, "command line", source)
 
 
 def _refusals(stated: Stated) -> Iterator[str]:

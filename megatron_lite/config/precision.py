@@ -44,7 +44,7 @@ def stated_precision(stated: Mapping[str, Setting]) -> tuple[Statement | None, l
 def _asked(key: str, value: object) -> Precision | None:
     if key == "precision":  # a value that is none of them is reported as one of a wrong type
         return next((precision for precision in get_args(Precision) if precision == value), None)
-    if key not in BLOCKS or not isinstance(value, dict) or value.get("enabled") is not True:
+    if key not in BLOCKS or not isinstance(value, dict) or not value.get("enabled"):
         return None
     # Files of NeoX 1.0 say bfloat16 inside of fp16.
     return "bfloat16" if value.get("type") == "bfloat16" else BLOCKS[key]

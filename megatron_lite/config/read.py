@@ -96,27 +96,28 @@ def _kind(root: yaml.Node | None) -> str:
     return "a list" if isinstance(root, yaml.SequenceNode) else "a single value"
 
 
-def _duplicates(root: yaml.MappingNode, path: Path) -> Iterator[str]:
+def _duplicates(node: yaml.Node, path: Path, place: str = "") -> Iterator[str]:
     """A sentence for every key that a mapping states twice, at the top in any spelling, below as it is written."""
-    stack: list[tuple[str, yaml.Node]] = [("", root)]
-    while stack:
-        place, node = stack.pop()
-        if not isinstance(node, yaml.MappingNode):
-            continue
-        seen: dict[str, tuple[str, int]] = {}
-        for name, value in node.value:
-            written = str(name.value)
-            key = written if place else plain_key(written)
-            stack.append((f"{place}.{key}".lstrip("."), value))
-            if key in seen:
-                first, line = seen[key]
-                spelling = f" (as '{first}' and as '{written}')" if first != written else ""
-                yield f"{path} lines {line} and {_line(name)}: '{f'{place}.{key}'.lstrip('.')}' is stated twice{spelling}; keep one"
-            seen[key] = (written, _line(name))
+    if not isinstance(node, yaml.MappingNode):
+        return
+    seen: dict[str, yaml.Node] = {}
+    for name, value in node.value:
+        key = str(name.value) if place else plain_key(str(name.value))
+        first = seen.setdefault(key, name)
+        if first is not name:
+            yield _twice(f"{place}{key}", first, name, path)
+        yield from _duplicates(value, path, f"{place}{key}.")
+
+
+def _twice(key: str, first: yaml.Node, second: yaml.Node, path: Path) -> str:
+    lines = f"lines {_line(first)} and {_line(second)}" if _line(first) != _line(second) else f"line {_line(first)}"
+    spelling = f" (as '{first.value}' and as '{second.value}')" if first.value != second.value else ""
+    return f"{path} {lines}: '{key}' is stated twice{spelling}; keep one"
 
 
 def _syntax_problem(error: yaml.YAMLError, path: Path) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         line = error.problem_mark.line + 1
-        return f"{path} line {line}: not valid YAML: {error.problem}; look for a missing comma, quote or bracket there or in the lines before"
-    return f"{path}: not valid YAML: {error}"
+        problem = (error.problem or "").replace("'<scalar>'", "another value")
+        return f"{path} line {line}: not valid YAML: {problem}; look for a missing comma, quote or bracket there or in the lines before"
+    return f"{path}: not valid YAML: {str(error).splitlines()[0]}"
