@@ -111,6 +111,8 @@ def test_missing_shapes_are_listed_with_what_to_do():
         ("", "x.yml: a configuration is a mapping of keys to values"),
         ("- 1\n- 2", "x.yml: a configuration is a mapping of keys to values"),
         ('{"a": !!python/object:os.system {}}', "x.yml line 1: not valid YAML: could not determine a constructor"),
+        ('{"a":\t1}', "x.yml line 1: not valid YAML: found character '\\t' that cannot start any token; use spaces instead of tabs"),
+        ("{" * 500, "x.yml: not valid YAML: its brackets are nested too deeply"),
         ('{"a": "\x07"}', "x.yml: not valid YAML: unacceptable character #x0007: special characters are not allowed"),
     ],
 )

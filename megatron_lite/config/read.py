@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from yaml.constructor import ConstructorError
 
 from megatron_lite.config.keys import RENAMED
 
@@ -79,15 +80,21 @@ def _read_text(text: str, path: Path, source: int) -> Reading:
         if not isinstance(root, yaml.MappingNode):
             return _unreadable(f'{path}: a configuration is a mapping of keys to values, {{ "num_layers": 44, ... }}; found {_kind(root)}')
         settings = [
-            Setting(plain_key(str(name.value)), loader.construct_object(value, deep=True), f"{path} line {_line(name)}", source) for name, value in root.value
+            Setting(plain_key(_written(name)), loader.construct_object(value, deep=True), f"{path} line {_line(name)}", source) for name, value in root.value
         ]
         return Reading(tuple(settings), tuple(_duplicates(root, path)))
     except yaml.YAMLError as error:
         return _unreadable(_syntax_problem(error, path))
+    except RecursionError:
+        return _unreadable(f"{path}: not valid YAML: its brackets are nested too deeply")
 
 
 def _line(node: yaml.Node) -> int:
     return node.start_mark.line + 1
+
+
+def _written(name: yaml.Node) -> str:
+    return str(name.value) if isinstance(name, yaml.ScalarNode) else "[...]"
 
 
 def _kind(root: yaml.Node | None) -> str:
@@ -102,7 +109,7 @@ def _duplicates(node: yaml.Node, path: Path, place: str = "") -> Iterator[str]:
         return
     seen: dict[str, yaml.Node] = {}
     for name, value in node.value:
-        key = str(name.value) if place else plain_key(str(name.value))
+        key = _written(name) if place else plain_key(_written(name))
         first = seen.setdefault(key, name)
         if first is not name:
             yield _twice(f"{place}{key}", first, name, path)
@@ -111,13 +118,17 @@ def _duplicates(node: yaml.Node, path: Path, place: str = "") -> Iterator[str]:
 
 def _twice(key: str, first: yaml.Node, second: yaml.Node, path: Path) -> str:
     lines = f"lines {_line(first)} and {_line(second)}" if _line(first) != _line(second) else f"line {_line(first)}"
-    spelling = f" (as '{first.value}' and as '{second.value}')" if first.value != second.value else ""
+    spelling = f" (as '{_written(first)}' and as '{_written(second)}')" if _written(first) != _written(second) else ""
     return f"{path} {lines}: '{key}' is stated twice{spelling}; keep one"
 
 
 def _syntax_problem(error: yaml.YAMLError, path: Path) -> str:
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        line = error.problem_mark.line + 1
-        problem = (error.problem or "").replace("'<scalar>'", "another value")
-        return f"{path} line {line}: not valid YAML: {problem}; look for a missing comma, quote or bracket there or in the lines before"
-    return f"{path}: not valid YAML: {str(error).splitlines()[0]}"
+    mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
+    if not isinstance(error, yaml.MarkedYAMLError) or mark is None:
+        return f"{path}: not valid YAML: {str(error).splitlines()[0]}"
+    problem = (error.problem or "").replace("'<scalar>'", "another value")
+    if "\\t" in problem:
+        hint = "; use spaces instead of tabs"
+    else:
+        hint = "" if isinstance(error, ConstructorError) else "; look for a missing comma, quote or bracket there or in the lines before"
+    return f"{path} line {mark.line + 1}: not valid YAML: {problem}{hint}"
