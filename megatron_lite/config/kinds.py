@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 class Words:
     """How to say what a value must be: "a whole number of at least 1"."""
 
-    one: str
+    phrase: str
     is_text: bool = False
 
 
@@ -56,7 +56,7 @@ class Section(BaseModel):
 
 def words(field: FieldInfo) -> str:
     """What this field needs, in words."""
-    return _of_field(field).one
+    return _of_field(field).phrase
 
 
 def is_text(field: FieldInfo) -> bool:

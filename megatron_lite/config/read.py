@@ -26,7 +26,7 @@ NeoXLoader.add_implicit_resolver(FLOAT, re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0
 
 @dataclass(frozen=True)
 class Setting:
-    """A key, written with underscores, its value, who set it ("configs/20B.yml line 12"), and the how-manieth source that was; later ones win."""
+    """A key, written with underscores, its value, who set it ("configs/20B.yml line 12"), and the number of that source; later sources win."""
 
     key: str
     value: object
@@ -55,7 +55,7 @@ def parse_value(text: str) -> object:
 
 
 def read_file(path: Path, *, source: int) -> Reading:
-    """The settings of one file, the how-manieth of all sources."""
+    """The settings of one file; `source` is its number among all files."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
