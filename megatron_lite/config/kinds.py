@@ -32,7 +32,6 @@ NotBoolean = BeforeValidator(_no_boolean)
 Count = Annotated[int, Field(ge=1), NotBoolean, Words("a whole number of at least 1")]
 Size = Annotated[int, Field(ge=0), NotBoolean, Words("a whole number of at least 0")]
 Whole = Annotated[int, NotBoolean, Words("a whole number")]
-Number = Annotated[float, NotBoolean, Words("a number")]
 Positive = Annotated[float, Field(gt=0), NotBoolean, Words("a number above 0")]
 Amount = Annotated[float, Field(ge=0), NotBoolean, Words("a number of at least 0")]
 Share = Annotated[float, Field(ge=0, le=1), NotBoolean, Words("a number from 0 to 1")]
