@@ -10,6 +10,8 @@ from megatron_lite.models.spec import ModelSpec
 
 # b rows, s tokens in this call, h key/value heads on this rank, c slots, d head size
 
+BLOCK = 64
+
 
 @dataclass
 class Cache:
@@ -32,7 +34,7 @@ class Cache:
     def layer(self, number: int, tokens: int) -> "Past":
         """The part of the cache that the block `number` reads and writes when the rows see `tokens` more tokens each."""
         positions = self.lengths.unsqueeze(1) + torch.arange(tokens, device=self.lengths.device)
-        stop = self.longest + tokens
+        stop = -(-(self.longest + tokens) // BLOCK) * BLOCK  # kernels like lengths that repeat; slots of the future are masked anyway
         return Past(self.keys[number][:, :, :stop], self.values[number][:, :, :stop], positions, is_fresh=self.longest == 0)
 
     def advance(self, counts: Tensor, most: int) -> None:

@@ -169,6 +169,7 @@ def joined_world(*, timeout: timedelta = timedelta(minutes=30)) -> Iterator[tupl
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         torch.cuda.set_device(device)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length, which takes longer than a step
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout, device_id=device if device.type == "cuda" else None)
     try:
