@@ -74,7 +74,7 @@ def verdict(ends: Mapping[int, int], logs: Path) -> tuple[str, int]:
     if failure.sentence is not None:
         return failure.sentence, 2
     trace = failure.trace or ""
-    return f"{_tail(trace)}\n\nrank {rank} on {failure.host} failed with {_last_line(trace)} (log: {log_file(logs, rank)})", 1
+    return f"{tail(trace)}\n\nrank {rank} on {failure.host} failed with {_last_line(trace)} (log: {log_file(logs, rank)})", 1
 
 
 def _silent_end(rank: int, code: int, logs: Path) -> str:
@@ -83,11 +83,12 @@ def _silent_end(rank: int, code: int, logs: Path) -> str:
     if code < 0:
         why = ", as the kernel does when memory runs out" if -code == signal.SIGKILL else ""
         return f"rank {rank} was killed by {signal.Signals(-code).name}{why} ({where})"
-    last = _tail(log.read_text(encoding="utf-8", errors="replace").rstrip("\n")) + "\n\n" if log.is_file() else ""
+    last = tail(log.read_text(encoding="utf-8", errors="replace").rstrip("\n")) + "\n\n" if log.is_file() else ""
     return f"{last}rank {rank} ended with exit code {code} and left no error message ({where})"
 
 
-def _tail(text: str) -> str:
+def tail(text: str) -> str:
+    """The last lines of a long text."""
     lines = text.split("\n")
     return "\n".join(lines if len(lines) <= TAIL else ["...", *lines[-TAIL:]])
 

@@ -1,6 +1,7 @@
 """What a launcher has to run on one host."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
@@ -17,7 +18,7 @@ class Meeting:
 
 @dataclass(frozen=True)
 class Job:
-    """A script, its words, and how many processes of it run on this host. `logs` is the folder for what they say."""
+    """A script, its words, and how many processes of it run on this host. `logs` is the folder for what they say, `environment` what they see beside ours."""
 
     name: str
     script: Path
@@ -25,3 +26,4 @@ class Job:
     processes: int
     logs: Path
     meeting: Meeting | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)

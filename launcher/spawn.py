@@ -5,7 +5,8 @@ import sys
 import termios
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from signal import Signals
 
@@ -20,21 +21,25 @@ SAFE_PATH = ["-P"] if sys.version_info >= (3, 11) else []  # the script's folder
 def new_log_folder(name: str, parent: Path) -> Path:
     """A fresh folder named after the script and the time."""
     stamp = f"{name}-{time.strftime('%Y-%m-%d-%H%M%S')}"
-    for folder in (parent / (stamp + again) for again in ("", *(f"-{number}" for number in range(2, 100)))):
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            if not folder.is_dir():
-                raise OutputError(f"{parent} (log_dir) is not a folder; set log_dir to one") from None
-        except OSError as error:
-            raise OutputError(f"the folder for logs {folder} cannot be made: {error.strerror}; set log_dir to a folder that can be written") from None
-        else:
-            return folder
-    raise OutputError(f"{parent} (log_dir) is full of folders {stamp}-*; set log_dir to another folder")
+    for number in count(1):
+        with suppress(FileExistsError):
+            return make_log_folder(parent / (stamp if number == 1 else f"{stamp}-{number}"))
+    raise AssertionError("there is no last number")
+
+
+def make_log_folder(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise OutputError(f"the folder for logs {folder} cannot be made: {error.strerror}; set log_dir to a folder that can be written") from None
+    return folder
 
 
 def spawn(job: Job) -> int:
     """Runs a job to its end. Returns the exit code for the whole program, after the first failure was printed to stderr."""
+    os.environ.update(job.environment)
     os.environ[PARENT] = str(os.getpid())
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // job.processes)))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its remarks about sockets help nobody
@@ -64,5 +69,6 @@ def kept_terminal() -> Iterator[None]:
     try:
         yield
     finally:
-        if before and os.tcgetpgrp(0) == os.getpgrp():  # in the background it is somebody else's
-            termios.tcsetattr(0, termios.TCSADRAIN, before)
+        with suppress(OSError):  # which is the answer in another session
+            if before and os.tcgetpgrp(0) == os.getpgrp():  # in the background it is somebody else's
+                termios.tcsetattr(0, termios.TCSADRAIN, before)

@@ -16,7 +16,7 @@ from typing import NoReturn
 from launcher.command import Command, parse_command
 from launcher.failure import Failure, failure_of, record_failure
 from launcher.place import fill_environment
-from megatron_lite.errors import UserError
+from megatron_lite.errors import ConfigError, UserError
 
 PARENT = "DEEPY_PARENT"  # process id of the launcher; tells a worker that deepy started it
 LOG = "DEEPY_LOG"  # file for what this rank has to say
@@ -30,7 +30,7 @@ def work(main: Callable[[Command], None], *, script: str) -> NoReturn:
         die_with_launcher()
         take_streams()
         fill_environment()
-        main(fitted(parse_command(sys.argv[1:], script=script)))
+        main(settled(parse_command(sys.argv[1:], script=script)))
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     except Exception as error:
@@ -65,13 +65,18 @@ def take_streams() -> None:
                 stream.reconfigure(line_buffering=True)
 
 
-def fitted(command: Command) -> Command:
-    """The command with sizes for the processes that were started by somebody else than deepy, which has settled them already."""
+def settled(command: Command) -> Command:
+    """The command with a layout for as many processes as there are. deepy has settled that before it starts any; somebody else has not."""
     if PARENT in os.environ:
         return command
-    from launcher.fit import fit_to_processes
+    if command.dry_run or command.hostfile:
+        raise ConfigError(f"--dry-run and -H are for deepy: ./deepy.py {command.script}.py ...")
+    from launcher.fit import fitted
 
-    return fit_to_processes(command, int(os.environ.get("WORLD_SIZE", "1")), speak=os.environ.get("RANK", "0") == "0")
+    command, line = fitted(command, int(os.environ.get("WORLD_SIZE", "1")))
+    if line and os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr)
+    return command
 
 
 def tell(failure: Failure) -> None:

@@ -1,0 +1,124 @@
+"""Configuration and hardware -> the plan that runs: the layout that was asked for, or the nearest one that the devices and their memory allow."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from launcher.fit import Wish, fit_devices, layouts_for, replicate, sizes, wish_of
+from launcher.hardware import Hardware
+from launcher.plan import Plan, gigabytes, weigh, with_note
+from megatron_lite.config.sections import RunConfig
+from megatron_lite.errors import FitError
+from megatron_lite.models.spec import DType, ModelSpec, spec_of
+from megatron_lite.parallel.layout import Layout
+
+DTYPES: dict[str, DType] = {"fp16": "float16", "bfloat16": "bfloat16", "fp32": "float32"}
+MOST_DEVICES = 256  # nobody wants to hear that more would be needed
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Weighs layouts of one model on one machine. `entries` are those of the vocabulary before padding, `prompts` how many there are to generate."""
+
+    config: RunConfig
+    hardware: Hardware
+    entries: int
+    prompts: int | None = None
+
+    @cached_property
+    def wish(self) -> Wish:
+        return wish_of(self.config)
+
+    @cached_property
+    def row_choices(self) -> tuple[int, ...]:
+        """How many rows may be generated at once, best first: fewer than the default where nobody asked for a number."""
+        asked = self.config.generation.generation_batch_size
+        asked = min(asked, self.prompts or asked)
+        if self.config.where("generation_batch_size") != "default":
+            return (asked,)
+        return (asked, *(2**power for power in reversed(range(10)) if 2**power < asked))
+
+    def spec(self, layout: Layout) -> ModelSpec:
+        multiple = 1 if self.config.tokenizer.padded_vocab_size else self.config.tokenizer.make_vocab_size_divisible_by * layout.tp
+        dtype: DType = "float32" if self.hardware.kind == "CPU" else DTYPES[self.config.precision]
+        return spec_of(self.config.model, vocab=-(-self.entries // multiple) * multiple, dtype=dtype)
+
+    def weigh(self, layout: Layout, rows: int, hardware: Hardware | None = None) -> Plan:
+        return weigh(hardware or self.hardware, layout, self.spec(layout), rows=rows, context=self.config.model.seq_length)
+
+    def fitting(self, layouts: list[Layout], hardware: Hardware | None = None, *, rows: Sequence[int] | None = None) -> Iterator[Plan]:
+        """The plans for these layouts that fit, each with as many rows as it can."""
+        for layout in layouts:
+            plans = (self.weigh(layout, count, hardware) for count in rows or self.row_choices)
+            if plan := next((plan for plan in plans if not plan.shortage()), None):
+                yield plan
+
+
+def vocabulary_entries(config: RunConfig) -> int:
+    """Entries of the vocabulary, as the configuration or the tokenizer says."""
+    if config.tokenizer.padded_vocab_size:
+        return config.tokenizer.padded_vocab_size
+    from megatron_lite.data.tokenizer import load_tokenizer
+
+    return load_tokenizer(config.tokenizer).vocab_size
+
+
+def plan_generation(config: RunConfig, hardware: Hardware, entries: int, *, prompts: int | None = None) -> Plan:
+    """The plan for generation or evaluation. Raises LayoutError or FitError where nothing that was asked for can run."""
+    planner = Planner(config, hardware, entries, prompts)
+    layout, line = fit_devices(planner.wish, hardware, planner.spec(planner.wish.layout))
+    first = planner.weigh(layout, planner.row_choices[0])
+    shortage = first.shortage()
+    if shortage is None:
+        return with_note(first, line)
+    plan = next(planner.fitting([layout, *_smallest_first(planner, planner.wish, len(hardware))]), None)
+    if plan is None:
+        least = planner.weigh(layout, planner.row_choices[-1])
+        raise FitError(f"{planner.wish.where} with {layout} and {_rows(least.rows)} at once {least.shortage()}; {_remedy(planner)}")
+    fewer = plan.rows if plan.rows < first.rows else None
+    return replace(with_note(with_note(plan, line), f"{layout} {shortage}: using {_differences(first, plan)}"), fewer_rows=fewer)
+
+
+def plan_training(config: RunConfig, hardware: Hardware, entries: int) -> Plan:
+    """The plan for training: the layout as it was asked for, and as many replicas as the devices hold. Of memory it knows the weights only."""
+    planner = Planner(config, hardware, entries)
+    return planner.weigh(replicate(planner.wish, hardware, planner.spec(planner.wish.layout)), 0)
+
+
+def plan_settings(plan: Plan, config: RunConfig) -> dict[str, object]:
+    """What the processes must be told of a plan."""
+    rows = {} if plan.fewer_rows is None else {"generation_batch_size": plan.fewer_rows}
+    return {**sizes(plan.layout, config), **rows}
+
+
+def _smallest_first(planner: Planner, wish: Wish, devices: int) -> list[Layout]:
+    return sorted(layouts_for(wish, devices, planner.spec(wish.layout)), key=lambda layout: (layout.size, -layout.tp))
+
+
+def _differences(first: Plan, plan: Plan) -> str:
+    layout = [f"{plan.layout} ({gigabytes(plan.largest)} a process)"] if plan.layout != first.layout else []
+    rows = [f"{_rows(plan.rows)} at once instead of {first.rows} (generation_batch_size)"] if plan.rows != first.rows else []
+    return ", ".join(layout + rows)
+
+
+def _rows(count: int) -> str:
+    return f"{count} row{'s' * (count > 1)}"
+
+
+def _remedy(planner: Planner) -> str:
+    """What would fit: other layouts here, fewer rows, or more GPUs."""
+    hardware, wish = planner.hardware, replace(planner.wish, fixed=frozenset())
+    for rows in (planner.row_choices[0], *(2**power for power in reversed(range(10)))):
+        if rows > planner.row_choices[0]:
+            continue
+        here = list(planner.fitting(_smallest_first(planner, wish, len(hardware)), rows=[rows]))
+        fewer = f" with generation_batch_size={rows}" if rows < planner.row_choices[0] else ""
+        if here:
+            return f"here would fit{fewer}: " + ", ".join(f"{plan.layout} ({gigabytes(plan.largest)} a process)" for plan in here[:4])
+    if hardware.kind == "CPU":
+        return "no layout changes that; it takes a machine with more memory, or GPUs"
+    smallest = min(hardware.devices, key=lambda device: device.free or 0)
+    more = replace(hardware, devices=(smallest,) * MOST_DEVICES)
+    plan = next(planner.fitting(_smallest_first(planner, wish, MOST_DEVICES), more), None)
+    enough = f"{plan.layout.size} such GPUs would do ({plan.layout}: {gigabytes(plan.largest)} on each)" if plan else f"nor would {MOST_DEVICES} such GPUs do"
+    return f"no layout fits on what is here ({hardware.found}); {enough}"

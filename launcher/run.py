@@ -1,0 +1,98 @@
+"""From a command to running processes: everything is settled first, then started."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from launcher.checks import CHECKS, count_prompts, generation_output
+from launcher.command import Command
+from launcher.hardware import Hardware
+from launcher.job import Job
+from launcher.multinode import run_on_hosts
+from launcher.plan import Plan
+from launcher.planner import plan_generation, plan_settings, plan_training, vocabulary_entries
+from launcher.show import describe_devices, show_run
+from launcher.site import Site, find_site
+from launcher.spawn import new_log_folder, spawn
+from megatron_lite.config.load import load_config
+from megatron_lite.config.sections import RunConfig
+from megatron_lite.data.jsonl import trim_cut_line
+from megatron_lite.errors import UserError
+
+LOGS = Path("logs")  # where log_dir is silent
+USUAL_ENTRIES = 50277  # of the tokenizer of 20B and Pythia: what a dry run reckons with before the tokenizer is there
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that is settled before a process starts. `changes` are settings that the plan makes, `problems` what a dry run forgives."""
+
+    command: Command
+    config: RunConfig
+    site: Site
+    plan: Plan
+    changes: dict[str, object]
+    problems: list[UserError]
+
+    @property
+    def words(self) -> list[str]:
+        """The command line of every process."""
+        return replace(self.command, overrides={**self.command.overrides, **self.changes}).words()
+
+
+def settle(command: Command, machine: Hardware | None = None) -> Run:
+    """Reads, checks and plans. All that is wrong is told together; a dry run needs no more than a plan, for it may come before the download."""
+    config = load_config(command.configs, command.overrides)
+    site = find_site(config, command.hostfile, machine)
+    problems: list[UserError] = []
+    for check in CHECKS.get(command.script, ()):
+        attempt(lambda check=check: check(config), problems)
+    entries = attempt(lambda: vocabulary_entries(config), problems)
+    plan = attempt(lambda: _plan(command.script, config, site.hardware, entries or USUAL_ENTRIES), problems)
+    if plan is None or (problems and not command.dry_run):
+        raise UserError("\n".join(map(str, problems)))
+    return Run(command, config, site, plan, plan_settings(plan, config), problems)
+
+
+def attempt(make: Callable[[], T], problems: list[UserError]) -> T | None:
+    """What `make` returns; where it cannot, the reason joins the problems."""
+    try:
+        return make()
+    except UserError as problem:
+        problems.append(problem)
+        return None
+
+
+def _plan(script: str, config: RunConfig, hardware: Hardware, entries: int) -> Plan:
+    if script == "train":
+        return plan_training(config, hardware, entries)
+    prompts = attempt(lambda: count_prompts(config), []) if script == "generate" else None
+    return plan_generation(config, hardware, entries, prompts=prompts)
+
+
+def show(run: Run) -> int:
+    """What --dry-run says: the plan, then what would keep it from running."""
+    print(show_run(run.config, run.plan, run.changes))
+    if run.problems:
+        print("\nnot ready to run:", *run.problems, sep="\n", file=sys.stderr)
+    return 2 if run.problems else 0
+
+
+def start(run: Run, script: Path) -> int:
+    """Starts the processes and returns the exit code when they have ended."""
+    logs = new_log_folder(script.stem, run.config.logging.log_dir or LOGS)
+    for line in (run.site.hardware.remark, *run.plan.notes, f"{run.plan.layout} on {describe_devices(run.plan)}; logs in {logs}"):
+        if line:
+            print(line, file=sys.stderr)
+    count = run.plan.layout.size
+    if run.site.is_local:
+        code = spawn(Job(script.stem, script, tuple(run.words), count, logs, environment=run.site.hardware.environment()))
+    else:
+        code = run_on_hosts(run.site.hosts, run.command.configs, Job(script.stem, script, tuple(run.words), count, logs), run.config.launcher)
+    output = generation_output(run.config) if run.command.script == "generate" else None
+    if code and output:
+        trim_cut_line(output)  # whoever is killed while writing leaves half a line
+    return code
