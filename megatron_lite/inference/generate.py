@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
+import torch
 from tqdm import tqdm
 
 from megatron_lite.config.sections import GenerationSection
@@ -103,7 +104,8 @@ def _write_all(run: Run, decoder: Decoder, requests: list[Request], output: Path
             if count <= SHOWN:
                 bar.write(_shown(completion))
     seconds = time.monotonic() - started
-    logger.info(f"{count} prompts, {tokens} tokens in {seconds:.1f} s: {tokens / seconds:.1f} tokens/s; written to {output}")
+    memory = f"; {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on this GPU" if run.mesh.device.type == "cuda" else ""
+    logger.info(f"{count} prompts, {tokens} tokens in {seconds:.1f} s: {tokens / seconds:.1f} tokens/s{memory}; written to {output}")
 
 
 def _complete(decoder: Decoder, requests: list[Request], rows: int) -> Iterator[Completion]:
