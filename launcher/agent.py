@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from signal import Signals
 
+from torch.distributed import DistError
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
@@ -15,8 +16,10 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 from launcher.failure import error_file, log_file
 from launcher.job import Job
 from launcher.worker import LOG
+from megatron_lite.errors import LayoutError
 
 WATCH = 0.1  # seconds between looks at the processes
+PATIENCE = 300  # seconds in which all hosts must have come
 GRACE = 4  # seconds a process has between SIGTERM and SIGKILL
 
 
@@ -83,6 +86,11 @@ def run_agent(job: Job, entrypoint: str, words: list[str]) -> dict[int, int] | S
         agent.run()
     except SignalException as received:
         return received.sigval
+    except DistError as error:
+        if job.meeting is None:
+            raise
+        where, why = f"{job.meeting.address}:{job.meeting.port}", str(error).partition("\n")[0]
+        raise LayoutError(f"the hosts cannot meet at {where} ({why}); set master_addr and master_port to a free port that all of them reach") from None
     return agent.ends
 
 
@@ -91,4 +99,4 @@ def _meeting(job: Job) -> RendezvousParameters:
     if job.meeting is None:
         return RendezvousParameters("c10d", "localhost:0", job.logs.name, 1, 1, local_addr="localhost")
     hosts = job.meeting.hosts
-    return RendezvousParameters("static", f"{job.meeting.address}:{job.meeting.port}", job.meeting.name, hosts, hosts, rank=job.meeting.host)
+    return RendezvousParameters("static", f"{job.meeting.address}:{job.meeting.port}", job.meeting.name, hosts, hosts, rank=job.meeting.host, timeout=PATIENCE)

@@ -62,10 +62,10 @@ def watch(nodes: Sequence[Node], *, logs: Path) -> int:
     if not failed:
         return 0
     codes = [node.process.returncode for node in failed]
-    told = {node.process.returncode for node in failed if node.log is None}
+    told = any(node.log is None and node.process.returncode == 2 for node in failed)
     for node in failed:
-        if node.log and not told & {2}:  # a UserError is the same sentence on every host
-            print(f"{node.name}: {tail(node.log.read_text(encoding='utf-8', errors='replace').strip())} (log: {node.log})", file=sys.stderr)
+        if node.log and not told:  # a UserError on the terminal is the same sentence on the other hosts
+            print(f"{node.name}: {tail(node.log.read_text(encoding='utf-8', errors='replace').strip())}", file=sys.stderr)
     return codes[0] if codes[0] > 0 else 128 - codes[0]
 
 

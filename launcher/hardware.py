@@ -62,7 +62,7 @@ class Hardware:
         if self.kind == "CPU":
             return replace(self, devices=self.devices[:1] * len(numbers))
         if max(numbers) >= len(self):
-            raise LayoutError(f"{where} names device {max(numbers)} of this machine, which has {self.found}, numbered from 0; name fewer")
+            raise LayoutError(f"{where} asks for device {max(numbers)} of this machine, counted from 0; {self.found}, name fewer")
         return replace(self, devices=tuple(self.devices[number] for number in numbers))
 
 

@@ -71,7 +71,7 @@ def plan_generation(config: RunConfig, hardware: Hardware, entries: int, *, prom
     shortage = first.shortage()
     if shortage is None:
         return with_note(first, line)
-    plan = next(planner.fitting([layout, *_smallest_first(planner, planner.wish, len(hardware))]), None)
+    plan = next(planner.fitting([layout, *layouts_for(planner.wish, len(hardware), planner.spec(layout))]), None)
     if plan is None:
         least = planner.weigh(layout, planner.row_choices[-1])
         raise FitError(f"{planner.wish.where} with {layout} and {_rows(least.rows)} at once {least.shortage()}; {_remedy(planner)}")

@@ -53,7 +53,7 @@ def _layers(numbers: Sequence[int], layers: int) -> str:
     blocks = [number for number in numbers if 2 <= number < layers + 2]
     names = {0: "00 embedding", layers + 3: f"{layers + 3:02d} norm", layers + 4: f"{layers + 4:02d} head"}
     ends = [names[number] for number in numbers if number in names]
-    middle = f"{_span(blocks, width=2)} blocks"
+    middle = f"{_span(blocks, width=2)} block{'s' * (len(blocks) > 1)}"
     return ", ".join([*ends[:1], middle, *ends[1:]] if 0 in numbers else [middle, *ends])
 
 

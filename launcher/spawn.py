@@ -48,7 +48,8 @@ def spawn(job: Job) -> int:
     with kept_terminal():
         ends = run_agent(job, sys.executable, [*SAFE_PATH, str(job.script), *job.words])
     if isinstance(ends, Signals):
-        _say(f"stopped by {ends.name}; logs: {job.logs}")
+        if job.meeting is None:  # else whoever started all hosts says it
+            _say(f"stopped by {ends.name}; logs: {job.logs}")
         return 128 + ends
     if not ends:
         return 0

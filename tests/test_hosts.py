@@ -47,7 +47,7 @@ def test_a_missing_hostfile_is_an_error_and_not_a_warning(tmp_path: Path) -> Non
 
 
 def test_the_option_wins_over_the_key_and_the_key_over_the_environment() -> None:
-    keyed, plain, env = LauncherSection(hostfile=Path("key")), LauncherSection(), {"DLTS_HOSTFILE": "env"}
+    keyed, plain, env = LauncherSection(hostfile=Path("key")), LauncherSection.model_validate({}), {"DLTS_HOSTFILE": "env"}
     assert find_hostfile(Path("option"), keyed, env) == Path("option")
     assert find_hostfile(None, keyed, env) == Path("key")
     assert find_hostfile(None, plain, env) == Path("env")
@@ -55,7 +55,7 @@ def test_the_option_wins_over_the_key_and_the_key_over_the_environment() -> None
 
 
 def test_without_a_hostfile_this_machine_takes_part_with_what_it_has() -> None:
-    (host,) = find_hosts(None, LauncherSection(), devices=3)
+    (host,) = find_hosts(None, LauncherSection.model_validate({}), devices=3)
     assert host == Host("localhost", (0, 1, 2))
     assert host.is_here
 
