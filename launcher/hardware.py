@@ -32,12 +32,16 @@ class Device:
 
 @dataclass(frozen=True)
 class Hardware:
-    """Devices for one process each. `memory` is what CPU processes share, in bytes; `remark` says why there is less than one might expect."""
+    """Devices for one process each. `memory` is what CPU processes share, in bytes; `remark` says why there is less than one might expect.
+
+    `is_choice` where these are not all the devices that a process would see by itself.
+    """
 
     kind: Kind
     devices: tuple[Device, ...]
     memory: int | None = None
     remark: str = ""
+    is_choice: bool = False
 
     def __len__(self) -> int:
         return len(self.devices)
@@ -53,17 +57,19 @@ class Hardware:
         return "GPUs" if self.kind == "GPU" else "processes"
 
     def environment(self) -> dict[str, str]:
-        """What shows these GPUs alone to processes."""
-        return {"CUDA_VISIBLE_DEVICES": ",".join(device.uuid for device in self.devices)} if self.kind == "GPU" else {}
+        """What shows processes these GPUs alone."""
+        return {"CUDA_VISIBLE_DEVICES": ",".join(device.uuid for device in self.devices)} if self.is_choice else {}
 
     def only(self, numbers: Iterable[int], *, where: str) -> "Hardware":
         """The devices with these numbers. CPU processes are not bound to cores: of them any number may be asked for."""
         numbers = tuple(numbers)
+        if numbers == tuple(range(len(self))):
+            return self
         if self.kind == "CPU":
             return replace(self, devices=self.devices[:1] * len(numbers))
         if max(numbers) >= len(self):
             raise LayoutError(f"{where} asks for device {max(numbers)} of this machine, counted from 0; {self.found}, name fewer")
-        return replace(self, devices=tuple(self.devices[number] for number in numbers))
+        return replace(self, devices=tuple(self.devices[number] for number in numbers), is_choice=True)
 
 
 def find_hardware(environment: Mapping[str, str] = os.environ) -> Hardware:

@@ -47,7 +47,7 @@ def test_a_missing_hostfile_is_an_error_and_not_a_warning(tmp_path: Path) -> Non
 
 
 def test_the_option_wins_over_the_key_and_the_key_over_the_environment() -> None:
-    keyed, plain, env = LauncherSection(hostfile=Path("key")), LauncherSection.model_validate({}), {"DLTS_HOSTFILE": "env"}
+    keyed, plain, env = LauncherSection.model_validate({"hostfile": "key"}), LauncherSection.model_validate({}), {"DLTS_HOSTFILE": "env"}
     assert find_hostfile(Path("option"), keyed, env) == Path("option")
     assert find_hostfile(None, keyed, env) == Path("key")
     assert find_hostfile(None, plain, env) == Path("env")

@@ -68,7 +68,7 @@ def cores(count: int) -> Hardware:
 def test_workers_are_told_files_settings_and_the_layout(folder: Path) -> None:
     run = settled("generate.py small top-k=3 -o out.txt", gpus(2))
     assert run.words == ["small.yml", "top_k=3", "sample_output_file=out.txt", "pipe_parallel_size=1", "model_parallel_size=2"]
-    assert run.site.hardware.environment() == {"CUDA_VISIBLE_DEVICES": "GPU-0,GPU-1"}
+    assert run.site.hardware.environment() == {}
 
 
 def test_sizes_of_the_command_line_stand_once_among_the_words(folder: Path) -> None:
