@@ -52,8 +52,13 @@ class Agent(LocalElasticAgent):
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:  # pyright: ignore[reportIncompatibleVariableOverride]
         self.ends = {worker.global_rank: code for worker in worker_group.workers if (code := _exit_code(worker.id))}
         if self.ends:
-            self._shutdown(timeout=GRACE)  # elastic itself would wait 30 s for a process that does not listen
+            self._shutdown()
         return super()._monitor_workers(worker_group)  # pyright: ignore[reportCallIssue]
+
+    def _shutdown(self, death_sig: Signals = Signals.SIGTERM, *rest: object, **more: object) -> None:
+        if self._pcontext:  # elastic itself would wait 30 s for a process that does not listen
+            self._pcontext.close(death_sig, GRACE)
+        super()._shutdown(death_sig)
 
 
 def _exit_code(pid: int) -> int:
@@ -81,7 +86,7 @@ def run_agent(job: Job, entrypoint: str, words: list[str]) -> dict[int, int] | S
         max_restarts=0,
         monitor_interval=WATCH,
     )
-    agent = Agent(spec, LogFiles(job.logs), shutdown_timeout=GRACE)
+    agent = Agent(spec, LogFiles(job.logs))
     try:
         agent.run()
     except SignalException as received:

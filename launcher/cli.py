@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.command import parse_command
+from launcher.place import is_one_of_several
 from megatron_lite.errors import ConfigError, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -15,6 +16,8 @@ def main(words: Sequence[str]) -> int:
     try:
         command = parse_command(words)
         script = script_file(command.script)
+        if is_one_of_several():
+            raise ConfigError(f"deepy.py starts one process per device itself; start it once, or let torchrun or srun start {script.name} with the same words")
         from launcher.run import settle, show, start
 
         run = settle(command)

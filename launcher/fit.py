@@ -106,9 +106,10 @@ def fit_to_processes(config: RunConfig, processes: int, *, training: bool) -> tu
     return sizes(layout, config), line
 
 
-def fitted(command: Command, processes: int) -> tuple[Command, str | None]:
-    """The command for processes that somebody else than deepy started, with sizes that suit their number."""
+def fitted(command: Command, processes: int) -> tuple[Command, list[str]]:
+    """The command for processes that somebody else than deepy started, with sizes that suit their number, and what is to be said about it."""
     from megatron_lite.config.load import load_config
 
-    settings, line = fit_to_processes(load_config(command.configs, command.overrides), processes, training=command.script == "train")
-    return replace(command, overrides={**command.overrides, **settings}), line
+    config = load_config(command.configs, command.overrides)
+    settings, line = fit_to_processes(config, processes, training=command.script == "train")
+    return replace(command, overrides={**command.overrides, **settings}), [*config.notes, *([line] if line else [])]

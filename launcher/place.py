@@ -11,23 +11,27 @@ FIRST_PORT, PORTS = 20000, 12000  # below the range that systems hand out on the
 
 def fill_environment(environment: MutableMapping[str, str] = os.environ) -> None:
     """Sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT from SLURM's variables, if nobody set RANK and this is a step of several tasks."""
-    if "RANK" in environment or not _is_step(environment):
+    if "RANK" in environment or _tasks(environment) == 1:
         return
-    tasks = environment.get("SLURM_STEP_NUM_TASKS") or environment["SLURM_NTASKS"]
-    if int(tasks) > 1:
-        environment.update(
-            RANK=environment["SLURM_PROCID"],
-            WORLD_SIZE=tasks,
-            LOCAL_RANK=environment.get("SLURM_LOCALID", "0"),
-            MASTER_ADDR=environment.get("MASTER_ADDR") or _first_address(environment),
-            MASTER_PORT=environment.get("MASTER_PORT") or str(_port(environment)),
-        )
+    environment.update(
+        RANK=environment["SLURM_PROCID"],
+        WORLD_SIZE=str(_tasks(environment)),
+        LOCAL_RANK=environment.get("SLURM_LOCALID", "0"),
+        MASTER_ADDR=environment.get("MASTER_ADDR") or _first_address(environment),
+        MASTER_PORT=environment.get("MASTER_PORT") or str(_port(environment)),
+    )
 
 
-def _is_step(environment: Mapping[str, str]) -> bool:
-    """Whether srun started this process; the shell of a batch script has a SLURM_PROCID too, but is not one of several."""
-    stepped = "SLURM_STEP_ID" in environment or "SLURM_STEP_NUM_TASKS" in environment
-    return stepped and "SLURM_PROCID" in environment and ("SLURM_NTASKS" in environment or "SLURM_STEP_NUM_TASKS" in environment)
+def is_one_of_several(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether torchrun or srun started this process among others."""
+    return "RANK" in environment or _tasks(environment) > 1
+
+
+def _tasks(environment: Mapping[str, str]) -> int:
+    """Tasks of the step if srun started this process. The shell of a batch script has a SLURM_PROCID too, but it is not one of several."""
+    if "SLURM_PROCID" not in environment or not ("SLURM_STEP_ID" in environment or "SLURM_STEP_NUM_TASKS" in environment):
+        return 1
+    return int(environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS") or 1)
 
 
 def _first_address(environment: Mapping[str, str]) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from launcher.checks import CHECKS, count_prompts, generation_output
+from launcher.checks import CHECKS, count_prompts, generation_mode, generation_output
 from launcher.command import Command
 from launcher.hardware import Hardware
 from launcher.job import Job
@@ -19,7 +19,7 @@ from launcher.spawn import new_log_folder, spawn
 from megatron_lite.config.load import load_config
 from megatron_lite.config.sections import RunConfig
 from megatron_lite.data.jsonl import trim_cut_line
-from megatron_lite.errors import UserError
+from megatron_lite.errors import LayoutError, UserError
 
 LOGS = Path("logs")  # where log_dir is silent
 USUAL_ENTRIES = 50277  # of the tokenizer of 20B and Pythia: what a dry run reckons with before the tokenizer is there
@@ -83,10 +83,12 @@ def show(run: Run) -> int:
 
 def start(run: Run, script: Path) -> int:
     """Starts the processes and returns the exit code when they have ended."""
+    if generation_mode(run.config) == "interactive" and not run.site.hosts[0].is_here:
+        raise LayoutError(f"a conversation needs its first process on this machine, and {run.site.hosts[0].name} is another; name this one first")
     logs = new_log_folder(script.stem, run.config.logging.log_dir or LOGS)
-    for line in (run.site.hardware.remark, *run.plan.notes, f"{run.plan.layout} on {describe_devices(run.plan)}; logs in {logs}"):
-        if line:
-            print(line, file=sys.stderr)
+    remark = [run.site.hardware.remark] if run.site.hardware.remark else []
+    for line in (*run.config.notes, *remark, *run.plan.notes, f"{run.plan.layout} on {describe_devices(run.plan)}; logs in {logs}"):
+        print(line, file=sys.stderr)
     count = run.plan.layout.size
     if run.site.is_local:
         code = spawn(Job(script.stem, script, tuple(run.words), count, logs, environment=run.site.hardware.environment()))

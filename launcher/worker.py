@@ -73,9 +73,10 @@ def settled(command: Command) -> Command:
         raise ConfigError(f"--dry-run and -H are for deepy: ./deepy.py {command.script}.py ...")
     from launcher.fit import fitted
 
-    command, line = fitted(command, int(os.environ.get("WORLD_SIZE", "1")))
-    if line and os.environ.get("RANK", "0") == "0":
-        print(line, file=sys.stderr)
+    command, lines = fitted(command, int(os.environ.get("WORLD_SIZE", "1")))
+    if os.environ.get("RANK", "0") == "0":
+        for line in lines:
+            print(line, file=sys.stderr)
     return command
 
 

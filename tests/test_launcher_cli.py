@@ -82,6 +82,12 @@ def test_num_gpus_and_include_choose_among_the_gpus(folder: Path) -> None:
     assert chosen.site.hardware.environment() == {"CUDA_VISIBLE_DEVICES": "GPU-1,GPU-3"}
 
 
+def test_a_conversation_needs_its_first_process_here(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (folder / "hosts").write_text("far-away slots=2\n")
+    assert main(["generate", "small", "-H", "hosts", "text_gen_type=interactive"]) == 2
+    assert capfd.readouterr().err == "a conversation needs its first process on this machine, and far-away is another; name this one first\n"
+
+
 def test_a_hostfile_that_names_this_machine_means_local_processes(folder: Path) -> None:
     (folder / "hosts").write_text("localhost slots=4\n")
     run = settled("generate small -H hosts model-parallel-size=4", cores(2))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launcher.fit import fit_to_processes
-from launcher.place import fill_environment, first_host
+from launcher.place import fill_environment, first_host, is_one_of_several
 from launcher.spawn import SAFE_PATH
 from megatron_lite.config.load import load_config
 from megatron_lite.errors import LayoutError
@@ -42,8 +42,8 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def run(script: Path, *words: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, *SAFE_PATH, str(script), str(ROOT / "configs" / "tiny.yml"), *words]
+def run(program: Path, *words: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, *SAFE_PATH, str(program), *words, str(ROOT / "configs" / "tiny.yml")]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, check=False, timeout=60)
 
 
@@ -118,6 +118,18 @@ def test_srun_fills_in_the_ranks_and_the_meeting_place() -> None:
         "MASTER_ADDR": "gpu03",
     }
     assert 20000 <= int(environment["MASTER_PORT"]) < 32000
+
+
+def test_deepy_itself_is_not_to_be_started_by_srun_or_torchrun() -> None:
+    assert is_one_of_several(STEP)
+    assert is_one_of_several({"RANK": "0", "WORLD_SIZE": "1"})
+    assert not is_one_of_several({})
+    assert not is_one_of_several({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"})
+    ended = run(ROOT / "deepy.py", "generate.py", RANK="0", WORLD_SIZE="2")
+    assert (ended.returncode, ended.stderr) == (
+        2,
+        "deepy.py starts one process per device itself; start it once, or let torchrun or srun start generate.py with the same words\n",
+    )
 
 
 def test_every_task_derives_the_same_port_and_another_job_another() -> None:
