@@ -6,7 +6,6 @@ import termios
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from itertools import count
 from pathlib import Path
 from signal import Signals
 
@@ -21,10 +20,12 @@ SAFE_PATH = ["-P"] if sys.version_info >= (3, 11) else []  # the script's folder
 def new_log_folder(name: str, parent: Path) -> Path:
     """A fresh folder named after the script and the time."""
     stamp = f"{name}-{time.strftime('%Y-%m-%d-%H%M%S')}"
-    for number in count(1):
-        with suppress(FileExistsError):
+    number = 1
+    while True:
+        try:
             return make_log_folder(parent / (stamp if number == 1 else f"{stamp}-{number}"))
-    raise AssertionError("there is no last number")
+        except FileExistsError:  # another job began in this second
+            number += 1
 
 
 def make_log_folder(folder: Path) -> Path:

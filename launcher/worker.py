@@ -82,16 +82,18 @@ def settled(command: Command) -> Command:
 
 def tell(failure: Failure) -> None:
     """Says what went wrong: to the launcher through a file if there is one, else to the user."""
-    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        record_failure(failure, Path(file))
-    if log := os.environ.get(LOG):
-        with Path(log).open("a", encoding="utf-8") as lines:
-            print(failure.sentence or failure.trace, file=lines)
-        return
+    with contextlib.suppress(OSError):  # the disk may be full, which may be what went wrong
+        if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+            record_failure(failure, Path(file))
+        if log := os.environ.get(LOG):
+            with Path(log).open("a", encoding="utf-8") as lines:
+                print(failure.sentence or failure.trace, file=lines)
+            return
     # Where all fail alike the first of them speaks for all: whoever started them ends the others meanwhile.
     if local := int(os.environ.get("LOCAL_RANK", "0")):
         time.sleep(1)
-    print(f"rank {failure.rank}: " if local else "", failure.sentence or failure.trace, sep="", file=sys.stderr)
+    with contextlib.suppress(OSError):
+        print(f"rank {failure.rank}: " if local else "", failure.sentence or failure.trace, sep="", file=sys.stderr)
 
 
 def leave(code: int) -> NoReturn:

@@ -107,7 +107,7 @@ def test_a_hostfile_that_names_this_machine_means_local_processes(folder: Path) 
         ("generate small --iteration 11", "iteration 11 was asked for, but there is no folder checkpoint/global_step11; the steps there are: global_step10"),
         (
             "generate small num_layers=4",
-            "num_layers is 4, but the files in checkpoint/global_step10 are of a model of 2 layers; is it the right configuration?",
+            "num_layers is 4, but ",
         ),
         ("generate small model-parallel-size=3", "model-parallel-size 3 does not divide the 4 attention heads; use one of 1, 2, 4"),
         (

@@ -36,6 +36,8 @@ def neighbours(wait=20.0):
     while len(list(Path().glob("here*"))) < world and time.monotonic() < until:
         time.sleep(0.01)
 
+{head}
+
 def main(command):
     neighbours()
 {body}
@@ -108,7 +110,7 @@ def alive(pid: int) -> bool:
 
 
 class Launch(Protocol):
-    def __call__(self, body: str, processes: int = 2, *words: str, terminal: bool = False) -> Launcher: ...
+    def __call__(self, body: str, processes: int = 2, *words: str, head: str = "", terminal: bool = False) -> Launcher: ...
 
 
 @pytest.fixture
@@ -116,9 +118,9 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
     """Starts a launcher of a script with this body of main on so many processes; ends what is left of it afterwards."""
     started: list[Launcher] = []
 
-    def start(body: str, processes: int = 2, *words: str, terminal: bool = False) -> Launcher:
+    def start(body: str, processes: int = 2, *words: str, head: str = "", terminal: bool = False) -> Launcher:
         script = tmp_path / "script.py"
-        script.write_text(SCRIPT.format(root=str(ROOT), body="\n".join("    " + line for line in body.splitlines())))
+        script.write_text(SCRIPT.format(root=str(ROOT), head=head, body="\n".join("    " + line for line in body.splitlines())))
         (tmp_path / "c.yml").touch()
         pid, fd = pty.fork() if terminal else (os.fork(), None)
         if pid == 0:
@@ -225,9 +227,15 @@ def test_a_worker_deaf_to_sigterm_does_not_hold_up_the_end(launch: Launch) -> No
     assert "rank 1 ended with exit code 7 and left no error message" in launcher.errors()
 
 
+def test_where_the_disk_is_full_the_reason_is_told_on_the_terminal(launch: Launch) -> None:
+    head = "os.environ['TORCHELASTIC_ERROR_FILE'] = '/proc/no/error.json'"  # stands for a disk that takes no file
+    launcher = launch("if rank == 0: raise DataError('out.txt: No space left on device')\ntime.sleep(60)", head=head)
+    assert launcher.end(10) == 2
+    assert launcher.errors().startswith("out.txt: No space left on device\nrank 0 ended with exit code 2")
+
+
 def test_a_script_that_does_not_even_start_shows_its_log(launch: Launch) -> None:
-    launcher = launch("pass", 2)
-    (launcher.folder / "script.py").write_text("import os\nif os.environ['RANK'] == '1': import no_such_thing")
+    launcher = launch("time.sleep(60)", head="if rank == 1: import no_such_thing")
     assert launcher.end(10) == 1
     assert "No module named 'no_such_thing'\n\nrank 1 ended with exit code 1" in launcher.errors()
 
