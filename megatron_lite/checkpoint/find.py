@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -44,10 +44,13 @@ def find_checkpoint(folder: Path, *, iteration: int | None = None) -> Checkpoint
     """
     if not folder.is_dir():
         raise CheckpointError(f"there is no checkpoint folder {folder}; set load to the folder that holds `latest`, or download the weights first")
-    if (folder / "config.json").exists() and iteration is None:
-        return _huggingface(folder)
-    if iteration is None and _has_weights(folder):
+    names = _names(folder)
+    if iteration is None and "config.json" in names and not names.isdisjoint(HUGGINGFACE_FILES):
+        return CheckpointLayout("huggingface", folder, "", 1, ())
+    if iteration is None and any(LAYER_FILE.fullmatch(name) or RANK_FILE.fullmatch(name) for name in names):
         return _neox(folder, folder.name)
+    if iteration is None and "config.json" in names and "latest" not in names:
+        raise CheckpointError(f"{folder} has a config.json but none of {', '.join(HUGGINGFACE_FILES)}; is the download complete?")
     tag = f"global_step{iteration}" if iteration is not None else _latest(folder)
     if not (folder / tag).is_dir():
         asked = f"iteration {iteration} was asked for" if iteration is not None else f"{folder / 'latest'} names {tag}"
@@ -55,8 +58,11 @@ def find_checkpoint(folder: Path, *, iteration: int | None = None) -> Checkpoint
     return _neox(folder / tag, tag)
 
 
-def _has_weights(folder: Path) -> bool:
-    return any(LAYER_FILE.fullmatch(path.name) or RANK_FILE.fullmatch(path.name) for path in folder.iterdir())
+def _names(folder: Path) -> set[str]:
+    try:
+        return {path.name for path in folder.iterdir()}
+    except OSError as error:
+        raise CheckpointError(f"the checkpoint folder {folder} cannot be read: {error.strerror}; check its permissions") from None
 
 
 def _latest(folder: Path) -> str:
@@ -80,11 +86,12 @@ def _steps(folder: Path) -> str:
 
 def _neox(folder: Path, tag: str) -> CheckpointLayout:
     parts: dict[int, set[int]] = defaultdict(set)
-    for path in folder.iterdir():
-        if match := LAYER_FILE.fullmatch(path.name):
+    names = _names(folder)
+    for name in names:
+        if match := LAYER_FILE.fullmatch(name):
             parts[int(match[1])].add(int(match[2]))
     if not parts:
-        return _sequential(folder, tag)
+        return _sequential(folder, tag, names)
     tp = 1 + max(part for found in parts.values() for part in found)
     layout = CheckpointLayout("neox", folder, tag, tp, tuple(sorted(parts)))
     missing = [layout.layer_file(number, part).name for number in layout.numbers for part in range(tp) if part not in parts[number]]
@@ -92,8 +99,8 @@ def _neox(folder: Path, tag: str) -> CheckpointLayout:
     return layout
 
 
-def _sequential(folder: Path, tag: str) -> CheckpointLayout:
-    ranks = sorted(int(match[1]) for path in folder.iterdir() if (match := RANK_FILE.fullmatch(path.name)))
+def _sequential(folder: Path, tag: str, names: set[str]) -> CheckpointLayout:
+    ranks = sorted(int(match[1]) for name in names if (match := RANK_FILE.fullmatch(name)))
     if not ranks:
         raise CheckpointError(
             f"{folder} holds neither layer_*-model_*-model_states.pt nor mp_rank_*_model_states.pt files; is the download complete, and is it the right folder?"
@@ -103,12 +110,6 @@ def _sequential(folder: Path, tag: str) -> CheckpointLayout:
     return layout
 
 
-def _huggingface(folder: Path) -> CheckpointLayout:
-    if not any((folder / name).exists() for name in HUGGINGFACE_FILES):
-        raise CheckpointError(f"{folder} has a config.json but none of {', '.join(HUGGINGFACE_FILES)}; is the download complete?")
-    return CheckpointLayout("huggingface", folder, "", 1, ())
-
-
 def _refuse_missing(folder: Path, missing: list[str], why: str) -> None:
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
@@ -116,14 +117,28 @@ def _refuse_missing(folder: Path, missing: list[str], why: str) -> None:
 
 
 def check_numbers(layout: CheckpointLayout, wanted: Iterable[int], *, layers: int) -> None:
-    """Raises CheckpointError where layer files are missing, or belong to a model of another depth."""
-    if layout.format != "neox":
+    """Raises CheckpointError where layers of the model are missing, or the checkpoint has layers that the model lacks. Passes where numbers are not known."""
+    found, wanted = set(layout.numbers), set(wanted)
+    if not found or found == wanted:
         return
-    missing = sorted(set(wanted) - set(layout.numbers))
-    blocks = [number for number in layout.numbers if 2 <= number]
-    surplus = [number for number in layout.numbers if number > layers + 4]
-    # the last two numbers are the norm and the head; a gap of one number lies before them
-    depth = blocks[-1] - 4 if len(blocks) > 2 and blocks[-1] - blocks[-2] == 1 else len(blocks)
-    if surplus or (missing and layers + 3 in missing and layers + 4 in missing):
-        raise CheckpointError(f"num_layers is {layers}, but the files in {layout.folder} are of a model of {depth} layers; is it the right configuration?")
-    _refuse_missing(layout.folder, [layout.layer_file(number, 0).name for number in missing], f"num_layers is {layers}")
+    depth, tied = _kind(found)
+    if depth != layers:
+        such = f", as in a model of {depth} layers" if depth > 0 else ""
+        raise CheckpointError(
+            f"num_layers is {layers}, but layer {max(found)} is the last one in {layout.folder}{such}; "
+            "is it the right configuration, and the download complete?"
+        )
+    head = layers + 4
+    if head in found - wanted:
+        raise CheckpointError(f"{layout.folder} has an output matrix of its own (layer {head}), but the configuration ties it; set no_weight_tying: true")
+    if tied and wanted - found == {head}:
+        raise CheckpointError(f"{layout.folder} has no output matrix (layer {head}); fetch it, or set no_weight_tying: false if the model uses its embedding")
+    missing = [layout.layer_file(number, 0).name if layout.format == "neox" else f"layer {number}" for number in sorted(wanted - found)]
+    _refuse_missing(layout.folder, missing, f"num_layers is {layers}")
+
+
+def _kind(numbers: Set[int]) -> tuple[int, bool]:
+    """Depth of the model with these layer numbers, and whether its head is tied: n + 1 is the last block, n + 3 the norm, n + 4 a head of its own."""
+    last = max(numbers)
+    tied = last - 1 not in numbers and last - 2 in numbers
+    return last - 3 if tied else last - 4, tied

@@ -1,11 +1,14 @@
 """Fills layers from a checkpoint of any cut: each built without memory, then given only the bytes its rank needs, straight on its device."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from megatron_lite.checkpoint.find import CheckpointLayout
+from megatron_lite.checkpoint.config_json import stated_activation
+from megatron_lite.checkpoint.find import CheckpointLayout, check_numbers
 from megatron_lite.checkpoint.huggingface import HuggingFaceFolder
 from megatron_lite.checkpoint.neox import LayerFiles
 from megatron_lite.checkpoint.sequential import RankFiles
@@ -13,6 +16,7 @@ from megatron_lite.checkpoint.source import Shards, Source
 from megatron_lite.errors import CheckpointError
 from megatron_lite.models.architecture import Architecture, LayerPlan
 from megatron_lite.models.spec import ModelSpec
+from megatron_lite.parallel.layout import stage_numbers
 from megatron_lite.parallel.mesh import Axis
 from megatron_lite.parallel.shards import Rule, take
 
@@ -20,11 +24,23 @@ Progress = Callable[[int], object]
 """Called with the number of bytes that have arrived."""
 
 
+def spec_as_stored(layout: CheckpointLayout, spec: ModelSpec) -> ModelSpec:
+    """The spec, but for what the checkpoint itself knows better: the form of GELU that a Hugging Face folder states."""
+    return replace(spec, activation=stated_activation(layout.folder)) if layout.format == "huggingface" else spec
+
+
 def open_source(layout: CheckpointLayout, architecture: Architecture, spec: ModelSpec) -> Source:
-    """The reader for the checkpoint's format; spec.vocab is not looked at."""
+    """The reader for the checkpoint's format; spec.vocab is not looked at. Raises CheckpointError for a checkpoint of another model."""
     if layout.format == "huggingface":
         return HuggingFaceFolder(layout, architecture, spec)
-    return LayerFiles(layout) if layout.format == "neox" else RankFiles(layout)
+    numbers = stage_numbers(spec.layers, 1)[0]
+    wanted = numbers[:-1] if spec.tied_head else numbers
+    if layout.format == "neox":
+        check_numbers(layout, wanted, layers=spec.layers)
+        return LayerFiles(layout)
+    source = RankFiles(layout)
+    check_numbers(replace(layout, numbers=source.numbers()), wanted, layers=spec.layers)
+    return source
 
 
 def vocabulary_rows(source: Source) -> int:
@@ -32,7 +48,9 @@ def vocabulary_rows(source: Source) -> int:
     return sum(len(shard) for shard in _stored(source.shards(0), "word_embeddings.weight", source, 0))
 
 
-def load_layers(plan: LayerPlan, numbers: Iterable[int], source: Source, *, tp: Axis, dtype: torch.dtype, device: torch.device, progress: Progress) -> dict[int, nn.Module]:
+def load_layers(
+    plan: LayerPlan, numbers: Iterable[int], source: Source, *, tp: Axis, dtype: torch.dtype, device: torch.device, progress: Progress
+) -> dict[int, nn.Module]:
     """The plan's layers with these numbers, filled from the source. Raises CheckpointError for a missing, surplus or misshapen tensor."""
     layers: dict[int, nn.Module] = {}
     for number in numbers:
@@ -55,10 +73,12 @@ def fill(layer: nn.Module, number: int, source: Source, tp: Axis, progress: Prog
     shards = source.shards(stored_number)
     wanted = dict(layer.named_parameters())
     if surplus := sorted(shards.keys() - wanted.keys()):
-        raise CheckpointError(f"{source.place(stored_number)} holds {', '.join(surplus[:3])}, which layer {number} of this model does not have; is it another architecture?")
+        raise CheckpointError(
+            f"{source.place(stored_number)} holds {', '.join(surplus[:3])}, which layer {number} of this model does not have; is it of another architecture?"
+        )
     for path, parameter in wanted.items():
         module_name, _, name = path.rpartition(".")
-        rule: Rule = layer.get_submodule(module_name).rules[name]  # pyright: ignore[reportIndexIssue, reportAssignmentType]
+        rule = cast(dict[str, Rule], layer.get_submodule(module_name).rules)[name]
         stored = _stored(shards, path, source, stored_number)
         _check_shape(rule, stored, parameter, tp.size, f"{source.place(stored_number)}: {path}")
         _hold(layer.get_submodule(module_name), name, take(rule, stored, tp.index, tp.size))
@@ -82,8 +102,10 @@ def _stored(shards: Shards, path: str, source: Source, number: int) -> list[Tens
 
 
 def _check_shape(rule: Rule, stored: list[Tensor], parameter: Tensor, size: int, what: str) -> None:
+    if not all(shard.is_floating_point() for shard in stored):
+        raise CheckpointError(f"{what} holds {str(stored[0].dtype).removeprefix('torch.')} numbers; weights in float16, bfloat16 or float32 are needed")
     found, wanted = rule.whole(stored[0].shape, len(stored)), rule.whole(parameter.shape, size)
-    if getattr(rule, "padded", False):
+    if found and getattr(rule, "padded", False):
         found = (-(-found[0] // size) * size, *found[1:])
     if found != wanted or any(shard.shape != stored[0].shape for shard in stored):
         shapes = " + ".join(str(list(shard.shape)) for shard in stored)

@@ -55,5 +55,7 @@ def joined(parts: Mapping[Path, dict[str, Tensor]]) -> Shards:
     (first, names), *others = parts.items()
     for path, tensors in others:
         if different := sorted(names.keys() ^ tensors.keys()):
-            raise CheckpointError(f"{first.name} and {path.name} in {first.parent} hold different tensors ({', '.join(different[:3])}); are they of one checkpoint?")
+            raise CheckpointError(
+                f"{first.name} and {path.name} in {first.parent} hold different tensors ({', '.join(different[:3])}); are they of one checkpoint?"
+            )
     return {name: [cast(Tensor, tensors[name]) for tensors in parts.values()] for name in names}

@@ -8,13 +8,14 @@ import torch
 
 from megatron_lite.errors import CheckpointError
 
-# Training checkpoints keep numpy's random state beside the weights; numpy 2 moved the module that their pickles name.
-NUMPY = [
-    (np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),
-    np._core.multiarray._reconstruct,
+# Training checkpoints keep numpy's random state beside the weights: an array, made by a function that moved to another module in numpy 2.
+MAKE_ARRAY, MAKE_NUMBER = np.zeros(0).__reduce__()[0], np.float64(0).__reduce__()[0]
+NUMPY: list[object] = [
+    *((MAKE_ARRAY, f"{module}.multiarray._reconstruct") for module in ("numpy.core", "numpy._core")),
+    *((MAKE_NUMBER, f"{module}.multiarray.scalar") for module in ("numpy.core", "numpy._core")),
     np.ndarray,
     np.dtype,
-    np.dtypes.UInt32DType,
+    *(type(np.dtype(name)) for name in ("bool", "uint8", "int32", "uint32", "int64", "uint64", "float32", "float64")),
 ]
 
 
@@ -25,10 +26,13 @@ def open_pickled(path: Path) -> object:
             return _load(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; fetch it again") from None
+    except IsADirectoryError:
+        raise CheckpointError(f"{path} is a folder; a file of weights was expected") from None
     except pickle.UnpicklingError:
         raise CheckpointError(f"{path} is not opened: {_foreign(path)}; only tensors, numbers, text and their containers are loaded") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} ({_size(path)} bytes) is truncated or damaged ({str(error).splitlines()[0][:120]}); fetch it again") from None
+    except Exception as error:  # damaged bytes can end in any exception
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise CheckpointError(f"{path} ({_size(path)} bytes) is truncated or damaged ({reason}); fetch it again") from None
 
 
 def _load(path: Path) -> object:
@@ -41,13 +45,14 @@ def _load(path: Path) -> object:
 
 
 def _foreign(path: Path) -> str:
+    """Why the unpickler refused the file."""
+    damaged = "it is not a file of weights, or it is damaged"
     try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except (ValueError, RuntimeError, OSError, pickle.UnpicklingError):
-        return "it is not a file of weights, or it is damaged"
-    known = {name if isinstance(name, str) else "" for name in ("numpy._core.multiarray._reconstruct", "numpy.core.multiarray._reconstruct")}
-    names = [name for name in names if name not in known and not name.startswith("numpy.")]
-    return f"its pickle asks for {', '.join(sorted(names))}, which could run code" if names else "it is not a file of weights, or it is damaged"
+        asked = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # as above
+        return damaged
+    names = sorted(name for name in set(asked) if not name.startswith("numpy."))
+    return f"its pickle asks for {', '.join(names)}, which could run code" if names else damaged
 
 
 def _size(path: Path) -> str:

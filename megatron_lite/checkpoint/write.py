@@ -1,9 +1,9 @@
 """Writes checkpoints in NeoX's layout: files appear whole or not at all, and `latest` names a step only when all of it is there."""
 
 import errno
-import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ def cut(layer: nn.Module, size: int, dtype: torch.dtype) -> list[dict[str, Tenso
     parts: list[dict[str, Tensor]] = [{} for _ in range(size)]
     for path, parameter in layer.named_parameters():
         module_name, _, name = path.rpartition(".")
-        rule: Rule = layer.get_submodule(module_name).rules[name]  # pyright: ignore[reportIndexIssue, reportAssignmentType]
+        rule = cast(dict[str, Rule], layer.get_submodule(module_name).rules)[name]
         for part, shard in zip(parts, rule.split(parameter.detach().to("cpu", dtype), size), strict=True):
             part[path] = shard.clone()
     return parts
@@ -44,10 +44,10 @@ def save(content: object, path: Path) -> None:
     partial = path.with_name(path.name + ".partial")
     try:
         torch.save(content, partial)
-        os.replace(partial, path)
+        partial.replace(path)
     except (OSError, RuntimeError) as error:
         partial.unlink(missing_ok=True)
-        full = isinstance(error, OSError) and error.errno == errno.ENOSPC or "No space" in str(error) or "file write failed" in str(error)
+        full = (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space" in str(error) or "file write failed" in str(error)
         raise OutputError(f"{path} cannot be written: {'no space is left on the disk' if full else error}; free some space or choose another folder") from None
 
 
@@ -56,6 +56,6 @@ def name_latest(folder: Path, tag: str) -> None:
     partial = folder / "latest.partial"
     try:
         partial.write_text(tag, encoding="utf-8")
-        os.replace(partial, folder / "latest")
+        partial.replace(folder / "latest")
     except OSError as error:
         raise OutputError(f"{folder / 'latest'} cannot be written: {error.strerror}") from None

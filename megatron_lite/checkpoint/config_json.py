@@ -1,0 +1,95 @@
+"""What config.json of a Hugging Face folder says about the model, held against our configuration."""
+
+import json
+from dataclasses import asdict, dataclass
+from math import isclose
+from pathlib import Path
+
+from megatron_lite.errors import CheckpointError
+from megatron_lite.models.architecture import Architecture
+from megatron_lite.models.spec import Activation, ModelSpec
+
+
+@dataclass(frozen=True)
+class Fact:
+    """Something that config.json and our configuration both state: a field of ModelSpec, NeoX's key, and the keys it has in config.json."""
+
+    field: str
+    neox: str
+    keys: tuple[str, ...]
+
+
+FACTS = (
+    Fact("layers", "num_layers", ("num_hidden_layers", "n_layer")),
+    Fact("hidden", "hidden_size", ("hidden_size", "n_embd")),
+    Fact("heads", "num_attention_heads", ("num_attention_heads", "n_head")),
+    Fact("kv_heads", "num_kv_heads", ("num_key_value_heads",)),
+    Fact("ffn", "intermediate_size", ("intermediate_size", "n_inner")),
+    Fact("parallel_residual", "gpt_j_residual", ("use_parallel_residual",)),
+    Fact("tied_head", "no_weight_tying (its opposite)", ("tie_word_embeddings",)),
+    Fact("norm_eps", "layernorm_epsilon", ("layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps")),
+    Fact("rotary_share", "rotary_pct (and pos_emb: rotary)", ("partial_rotary_factor", "rotary_pct")),
+    Fact("rotary_base", "rotary_emb_base", ("rope_theta", "rotary_emb_base")),
+)
+# What transformers takes for granted where config.json is silent
+DEFAULTS: dict[str, dict[str, object]] = {
+    "gpt_neox": {
+        "use_parallel_residual": True,
+        "tie_word_embeddings": False,
+        "layer_norm_eps": 1e-5,
+        "rotary_pct": 0.25,
+        "rotary_emb_base": 10000,
+        "hidden_act": "gelu",
+    },
+}
+ACTIVATIONS: dict[object, Activation] = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+
+
+def read_json(path: Path) -> dict[str, object]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}); fetch it again") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}; a JSON object was expected")
+    return content
+
+
+def stated_facts(folder: Path) -> dict[str, object]:
+    """What config.json says, or leaves to transformers' defaults, with what it says about rotary positions among the rest."""
+    stated = read_json(folder / "config.json")
+    rotary = stated.get("rope_parameters") or stated.get("rope_scaling") or {}
+    if not isinstance(rotary, dict):
+        raise CheckpointError(f"{folder / 'config.json'} says rope_parameters {rotary}; a JSON object was expected")
+    return {**DEFAULTS.get(str(stated.get("model_type")), {}), **stated, **rotary}
+
+
+def stated_activation(folder: Path) -> Activation:
+    """The form of GELU that the folder's model was saved with."""
+    stated = stated_facts(folder).get("hidden_act")
+    if stated not in ACTIVATIONS:
+        raise CheckpointError(f"{folder / 'config.json'} says hidden_act {stated}; built are {', '.join(map(str, ACTIVATIONS))}")
+    return ACTIVATIONS[stated]
+
+
+def check_config(folder: Path, architecture: Architecture, spec: ModelSpec) -> None:
+    """Raises CheckpointError where config.json describes another model than our configuration."""
+    stated, path = stated_facts(folder), folder / "config.json"
+    if stated.get("model_type") != architecture.model_type:
+        raise CheckpointError(f"{path} is of a {stated.get('model_type')} model; the configuration describes {architecture.name} ({architecture.model_type})")
+    kind = stated.get("rope_type", stated.get("type", "default"))
+    if kind not in (None, "default"):
+        raise CheckpointError(f"{path} says rope_type {kind}; only plain rotary positions (default) are built")
+    ours = {**asdict(spec), "rotary_share": spec.rotary_dim / spec.head_dim}
+    for fact in FACTS:
+        key = next((key for key in fact.keys if stated.get(key) is not None), None)
+        if key and not _same(stated[key], ours[fact.field]):
+            raise CheckpointError(
+                f"{path} says {key} {stated[key]}, the configuration gives {ours[fact.field]}; set {fact.neox} to what the checkpoint was trained with"
+            )
+
+
+def _same(theirs: object, ours: object) -> bool:
+    if isinstance(theirs, float) and isinstance(ours, float):
+        return isclose(theirs, ours, rel_tol=1e-6)
+    return theirs == ours
