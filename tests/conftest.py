@@ -1,8 +1,12 @@
 """Shared by all tests: GPU tests are skipped aloud where GPUs are missing, slow ones run when asked for, shared data is found."""
 
+import sys
 from pathlib import Path
 
 import pytest
+
+# last, because a top-level evaluate.py must not shadow the `evaluate` package that lm-eval imports
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 GPUS_NEEDED = {"gpu": 1, "multigpu": 2}
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"

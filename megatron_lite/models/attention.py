@@ -5,10 +5,9 @@ from functools import lru_cache
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_lite.models.cache import Past
+from megatron_lite.models.cache import Past, causal_mix
 
 # b batch, s tokens in this call, h heads on this rank, d head size, r rotary dims
 
@@ -47,15 +46,7 @@ def _angles(dim: int, base: float, max_positions: int, device: torch.device) -> 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, rotary: Rotary, past: Past | None) -> Tensor:
     """b h s d -> b s (h d). Each token sees itself and what came before it in its row."""
-    if past is None:
-        positions = torch.arange(query.shape[2], device=query.device)
-        mixed = F.scaled_dot_product_attention(rotary(query, positions), rotary(key, positions), value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1])
-        return mixed.transpose(1, 2).flatten(2)
-    query, key = rotary(query, past.positions), rotary(key, past.positions)
-    keys, values = past.extend(key, value)
-    grouped = query.shape[1] != key.shape[1]
-    if past.is_fresh:  # an explicit mask would turn off the flash kernel
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
-    else:
-        mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=past.mask(), enable_gqa=grouped)
+    positions = torch.arange(query.shape[2], device=query.device) if past is None else past.positions
+    query, key = rotary(query, positions), rotary(key, positions)
+    mixed = causal_mix(query, key, value) if past is None else past.mix(query, key, value)
     return mixed.transpose(1, 2).flatten(2)

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_lite.models.spec import ModelSpec
@@ -11,6 +13,22 @@ from megatron_lite.models.spec import ModelSpec
 # b rows, s tokens in this call, h key/value heads on this rank, c slots, d head size
 
 BLOCK = 64
+
+
+class Past(Protocol):
+    """What a block's attention knows of the tokens' places: their positions [b s], and what each of them sees. Generation and scoring have their own."""
+
+    @property
+    def positions(self) -> Tensor: ...
+
+    def mix(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Rotated queries, keys and values [b h s d] -> the values that each query sees, weighed by its attention [b h s d]."""
+        ...
+
+
+def causal_mix(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """b h s d -> b h s d, where a row is all there is and no mask is needed: one would turn off the flash kernel."""
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1])
 
 
 @dataclass
@@ -31,11 +49,11 @@ class Cache:
         keys, values = ({number: torch.zeros(shape, dtype=dtype, device=device) for number in blocks} for _ in range(2))
         return cls(keys, values, torch.zeros(rows, dtype=torch.long, device=device))
 
-    def layer(self, number: int, tokens: int) -> "Past":
+    def layer(self, number: int, tokens: int) -> "CachedPast":
         """The part of the cache that the block `number` reads and writes when the rows see `tokens` more tokens each."""
         positions = self.lengths.unsqueeze(1) + torch.arange(tokens, device=self.lengths.device)
         stop = -(-(self.longest + tokens) // BLOCK) * BLOCK  # kernels like lengths that repeat; slots of the future are masked anyway
-        return Past(self.keys[number][:, :, :stop], self.values[number][:, :, :stop], positions, is_fresh=self.longest == 0)
+        return CachedPast(self.keys[number][:, :, :stop], self.values[number][:, :, :stop], positions, is_fresh=self.longest == 0)
 
     def advance(self, counts: Tensor, most: int) -> None:
         """Notes that every row has seen `counts` more tokens, `most` of them at most (padding beyond a row's count is forgotten)."""
@@ -44,7 +62,7 @@ class Cache:
 
 
 @dataclass(frozen=True)
-class Past:
+class CachedPast:
     """One block's keys and values [b h c d] and the positions [b s] of the tokens that come now."""
 
     keys: Tensor
@@ -52,14 +70,19 @@ class Past:
     positions: Tensor
     is_fresh: bool
 
-    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes the new tokens' keys and values [b h s d] at their positions; returns all there are."""
-        index = self.positions[:, None, :, None].expand_as(keys)
-        self.keys.scatter_(2, index, keys)
-        self.values.scatter_(2, index, values)
-        return self.keys, self.values
+    def mix(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Adds the new keys and values to the cache; each query sees its row up to itself."""
+        self._write(key, value)
+        if self.is_fresh:
+            return causal_mix(query, key, value)
+        return F.scaled_dot_product_attention(query, self.keys, self.values, attn_mask=self._mask(), enable_gqa=query.shape[1] != key.shape[1])
 
-    def mask(self) -> Tensor:
+    def _write(self, key: Tensor, value: Tensor) -> None:
+        index = self.positions[:, None, :, None].expand_as(key)
+        self.keys.scatter_(2, index, key)
+        self.values.scatter_(2, index, value)
+
+    def _mask(self) -> Tensor:
         """[b 1 s c]: true where the key's position is not after the query's."""
         slots = torch.arange(self.keys.shape[2], device=self.positions.device)
         return (slots <= self.positions.unsqueeze(-1)).unsqueeze(1)
