@@ -66,7 +66,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--mp-rank-files", action="store_true", help="also write mp_rank_*_model_states.pt, which hold no weights")
     parser.add_argument("--workers", type=int, default=min(8, multiprocessing.cpu_count()), help="files written at once (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(words)
+    return parser.parse_intermixed_args(words)
 
 
 def synthesize(architecture: Architecture, spec: ModelSpec, folder: Path, *, tp: int, step: int, mp_rank_files: int = 0, workers: int = 1, seed: int = 0) -> None:
