@@ -190,7 +190,9 @@ def test_an_exception_is_told_once_with_rank_host_and_log(launch: Launch) -> Non
 
 
 def test_the_first_exception_is_told_and_not_those_that_follow_from_it(launch: Launch) -> None:
-    launcher = launch("what = ['follows', 'follows', 'cause'][rank]\ntime.sleep(0 if rank == 2 else 0.03)\nraise ValueError(what)", 3)
+    body = """while rank != 2 and not list(Path().glob('logs/*/rank2.error.json')): pass
+raise ValueError(['follows', 'follows', 'cause'][rank])"""
+    launcher = launch(body, 3)
     assert launcher.end(10) == 1
     assert launcher.errors().splitlines()[-1].startswith("rank 2 on ")
     assert "follows" not in launcher.errors()
@@ -215,7 +217,11 @@ def test_a_rank_killed_with_sigkill_ends_the_job_and_is_named(launch: Launch, ra
 
 
 def test_a_killed_rank_is_named_although_its_neighbours_complain_first(launch: Launch) -> None:
-    launcher = launch("if rank == 1: os.kill(os.getpid(), signal.SIGKILL)\nraise ConnectionError('Connection closed by peer')", 3)
+    body = """if rank == 1: os.kill(os.getpid(), signal.SIGKILL)
+pid = next(Path().glob('here1-*')).name.partition('-')[2]
+while ') Z' not in Path(f'/proc/{pid}/stat').read_text(): pass
+raise ConnectionError('Connection closed by peer')"""
+    launcher = launch(body, 3)
     assert launcher.end(10) == 137
     assert "rank 1 was killed by SIGKILL" in launcher.errors()
     assert "Connection closed" not in launcher.errors()
