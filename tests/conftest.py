@@ -1,9 +1,13 @@
 """Shared by all tests: GPU tests are skipped aloud where GPUs are missing, slow ones run when asked for, shared data is found."""
 
 import sys
+import sys
 from pathlib import Path
 
 import pytest
+
+# for `tests.worlds` and its like; last, because a top-level evaluate.py must not shadow the `evaluate` package that lm-eval imports
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 # last, because a top-level evaluate.py must not shadow the `evaluate` package that lm-eval imports
 sys.path.append(str(Path(__file__).resolve().parents[1]))
