@@ -3,24 +3,25 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
-from tqdm import tqdm
 
-from megatron_lite.checkpoint.find import CheckpointLayout, check_numbers, find_checkpoint
-from megatron_lite.checkpoint.load import load_layers, open_source, vocabulary_rows
+from megatron_lite.checkpoint.find import CheckpointLayout, find_checkpoint
+from megatron_lite.checkpoint.load import load_layers, open_source, spec_as_stored, vocabulary_rows
 from megatron_lite.checkpoint.source import Source
 from megatron_lite.config.sections import RunConfig
 from megatron_lite.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_lite.errors import CheckpointError, ConfigError, FitError, TokenizerError
+from megatron_lite.errors import ConfigError, FitError, TokenizerError
 from megatron_lite.log import logger
 from megatron_lite.models.architecture import Architecture, architecture_named
+from megatron_lite.models.memory import generation_footprint
 from megatron_lite.models.spec import DType, ModelSpec, spec_of
 from megatron_lite.parallel.layout import Layout, check_cut, stage_numbers
 from megatron_lite.parallel.mesh import Mesh, build_mesh, joined_world
 from megatron_lite.parallel.stage import Stage
+from megatron_lite.progress import progress
 
 DTYPES: dict[str, DType] = {"fp16": "float16", "bfloat16": "bfloat16", "fp32": "float32"}
 
@@ -45,30 +46,40 @@ def open_run(config: RunConfig) -> Iterator[Run]:
     with joined_world(timeout=patience) as (rank, world, device):
         pp, tp = max(1, config.parallel.pipe_parallel_size), config.parallel.model_parallel_size
         layout = Layout(pp=pp, dp=max(1, world // (pp * tp)), tp=tp)
-        architecture = architecture_named(config.model.family)
-        dtype: DType = DTYPES[config.precision] if device.type == "cuda" else "float32"  # half precision is slow and inexact on CPUs
-        spec = spec_of(config.model, vocab=0, dtype=dtype)
+        spec = spec_of(config.model, vocab=0, dtype="float32")
         check_cut(layout, heads=spec.heads, kv_heads=spec.kv_heads, ffn=spec.ffn, layers=spec.layers)
-        mesh = build_mesh(layout, rank=rank, device=device)
-        tokenizer = load_tokenizer(config.tokenizer)
-        checkpoint = _checkpoint(config, spec)
-        source = open_source(checkpoint, architecture, spec)
-        rows = vocabulary_rows(source)
-        if tokenizer.vocab_size > rows:
-            raise TokenizerError(
-                f"the tokenizer {config.tokenizer.vocab_file} has {tokenizer.vocab_size} entries, but the checkpoint {checkpoint} has {rows} rows; they do not belong together"
-            )
-        spec = spec_of(config.model, vocab=-(-rows // tp) * tp, dtype=dtype)
-        yield Run(config, mesh, architecture, spec, tokenizer, checkpoint, source)
+        yield prepare(config, build_mesh(layout, rank=rank, device=device))
 
 
-def _checkpoint(config: RunConfig, spec: ModelSpec) -> CheckpointLayout:
+def prepare(config: RunConfig, mesh: Mesh) -> Run:
+    """The run of these settings on processes that have joined already."""
+    architecture = architecture_named(config.model.family)
+    dtype: DType = DTYPES[config.precision] if mesh.device.type == "cuda" else "float32"  # half precision is slow and inexact on CPUs
     if config.checkpoint.load is None:
         raise ConfigError("load is not set; it names the folder of the checkpoint (nothing is ever made up: without a checkpoint there is no text)")
     checkpoint = find_checkpoint(config.checkpoint.load, iteration=config.checkpoint.iteration)
-    numbers = stage_numbers(spec.layers, 1)[0]
-    check_numbers(checkpoint, numbers[:-1] if spec.tied_head else numbers, layers=spec.layers)
-    return checkpoint
+    spec = _as_stored(config, checkpoint, spec_of(config.model, vocab=0, dtype=dtype))
+    source = open_source(checkpoint, architecture, spec)
+    tokenizer = load_tokenizer(config.tokenizer)
+    rows = vocabulary_rows(source)
+    if tokenizer.vocab_size > rows:
+        raise TokenizerError(
+            f"the tokenizer {config.tokenizer.vocab_file or config.tokenizer.tokenizer_type} has {tokenizer.vocab_size} entries, "
+            f"but the checkpoint {checkpoint} has {rows} rows for them; it is not this model's tokenizer, or files of the checkpoint are missing"
+        )
+    tp = mesh.tp.size
+    return Run(config, mesh, architecture, replace(spec, vocab=-(-rows // tp) * tp), tokenizer, checkpoint, source)
+
+
+def _as_stored(config: RunConfig, checkpoint: CheckpointLayout, spec: ModelSpec) -> ModelSpec:
+    """The spec with what the checkpoint knows better, which is said."""
+    stored = spec_as_stored(checkpoint, spec)
+    if stored.activation != spec.activation:
+        form = "the erf form" if stored.activation == "gelu" else "the tanh form"
+        logger.info(
+            f"GELU is computed in {form}, as config.json in {checkpoint.folder} says, whatever bias_gelu_fusion ({config.where('bias_gelu_fusion')}) is"
+        )
+    return stored
 
 
 def load_stage(run: Run) -> Stage:
@@ -77,27 +88,19 @@ def load_stage(run: Run) -> Stage:
     numbers = stage_numbers(spec.layers, mesh.layout.pp)[mesh.pp.index]
     plan = run.architecture.plan(spec, mesh.tp)
     dtype: torch.dtype = getattr(torch, spec.dtype)
+    expected = generation_footprint(spec, mesh.layout, mesh.pp.index, rows=0, context=0).weights
     started = time.monotonic()
-    bar = tqdm(
-        total=_stage_bytes(spec, mesh.layout, mesh.pp.index), unit="B", unit_scale=True, desc="loading", disable=not mesh.is_writer, leave=False, mininterval=0.2
-    )
-    with bar:
+    with progress("loading", expected, shown=mesh.is_writer) as advance:
         try:
-            layers = load_layers(plan, numbers, run.source, tp=mesh.tp, dtype=dtype, device=mesh.device, progress=bar.update)
+            layers = load_layers(plan, numbers, run.source, tp=mesh.tp, dtype=dtype, device=mesh.device, progress=advance)
         except torch.OutOfMemoryError as error:
-            raise FitError(f"the weights do not fit on {mesh.device} of rank {mesh.rank}: {str(error).splitlines()[0]}; spread the model over more GPUs") from None
+            reason = str(error).splitlines()[0]
+            raise FitError(f"the weights do not fit on {mesh.device} of rank {mesh.rank}: {reason}; spread the model over more GPUs") from None
         if mesh.device.type == "cuda":
             torch.cuda.synchronize()
     mesh.wait()
     seconds = time.monotonic() - started
-    held = sum(parameter.nbytes for layer in layers.values() for parameter in layer.parameters())
-    logger.info(f"loaded {run.checkpoint}: {held / 1e9:.2f} GB a process in {seconds:.1f} s ({held * mesh.layout.size / 1e9 / seconds:.2f} GB/s over all), {mesh.layout}")
-    if not layers:
-        raise CheckpointError("no layer was loaded")
+    held = sum(parameter.nbytes for layer in layers.values() for parameter in layer.parameters()) / 1e9
+    speed = held * mesh.layout.size / seconds
+    logger.info(f"loaded {run.checkpoint}: {held:.2f} GB a process in {seconds:.1f} s ({speed:.2f} GB/s over all), {mesh.layout}")
     return Stage(layers, mesh, spec.hidden, dtype)
-
-
-def _stage_bytes(spec: ModelSpec, layout: Layout, stage: int) -> int:
-    from megatron_lite.models.memory import generation_footprint
-
-    return generation_footprint(spec, layout, stage, rows=0, context=0).weights

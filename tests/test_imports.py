@@ -12,10 +12,11 @@ ROOT = Path(__file__).resolve().parents[1]
 ENTRY_POINTS = ("deepy", "generate", "evaluate", "train")
 PACKAGES = ("launcher", "megatron_lite", "tools")
 
-# What a part may import of ours, beside itself, megatron_lite.errors and megatron_lite.log
+# What a part may import of ours, beside itself and what everybody may
 MAY_IMPORT = {
     "megatron_lite.errors": (),
     "megatron_lite.log": (),
+    "megatron_lite.progress": (),
     "megatron_lite.config": (),
     "megatron_lite.parallel": (),
     "megatron_lite.metrics": (),
@@ -23,7 +24,7 @@ MAY_IMPORT = {
     "megatron_lite.models": ("config", "parallel"),
     "megatron_lite.checkpoint": ("parallel", "models"),
     "megatron_lite.run": ("config", "parallel", "data", "models", "checkpoint"),
-    "megatron_lite.inference": ("run", "parallel", "models", "data"),
+    "megatron_lite.inference": ("run", "config", "parallel", "models", "data"),
     "megatron_lite.training": ("run", "config", "parallel", "models", "checkpoint", "data", "metrics"),
     "megatron_lite.evaluation": ("run", "inference", "data", "metrics"),
     "launcher": ("config", "parallel.layout", "models.spec", "models.memory", "checkpoint.find", "data.tokenizer", "data.prompts", "data.jsonl"),
@@ -31,7 +32,7 @@ MAY_IMPORT = {
 MAY_IMPORT = {part: tuple(f"megatron_lite.{name}" for name in names) for part, names in MAY_IMPORT.items()}
 MAY_IMPORT |= {"tools": ("megatron_lite",)} | dict.fromkeys(ENTRY_POINTS, ("launcher", "megatron_lite"))
 
-EVERYBODY_MAY_IMPORT = ("megatron_lite.errors", "megatron_lite.log")
+EVERYBODY_MAY_IMPORT = ("megatron_lite.errors", "megatron_lite.log", "megatron_lite.progress")
 
 # The only places that may import a heavy library, at the top of a file or in a function
 HOMES = {

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from megatron_lite.errors import CheckpointError, FitError
 from megatron_lite.inference.request import Codec, Completion, Request
 from megatron_lite.inference.sample import Rules, choose
 from megatron_lite.models.cache import Cache
@@ -16,7 +17,10 @@ from megatron_lite.parallel.stage import Stage
 Watch = Callable[[int, list[int]], None]
 """Told the row and its tokens so far, after every token."""
 
-NOT_STARTED = "WARNING: text generation did not start; the prompt fills the whole context"
+NOT_STARTED = "WARNING: text generation did not start; "
+NO_ROOM = NOT_STARTED + "the prompt fills the whole context"
+ENDED_AT_ONCE = NOT_STARTED + "the model ended the text at once"
+NO_TOKEN = -1
 
 
 @dataclass
@@ -39,9 +43,7 @@ class Row:
 class Decoder:
     """Continues prompts with one model. Every rank calls it with the same requests and gets the same completions."""
 
-    def __init__(
-        self, stage: Stage, spec: ModelSpec, tokenizer: Codec, *, context: int, keep_logits: bool = False, recompute: bool = False
-    ) -> None:
+    def __init__(self, stage: Stage, spec: ModelSpec, tokenizer: Codec, *, context: int, keep_logits: bool = False, recompute: bool = False) -> None:
         self.stage = stage
         self.spec = spec
         self.tokenizer = tokenizer
@@ -58,44 +60,55 @@ class Decoder:
                 row.seconds = 0.0
                 yield self._completion(row)
         rows = [row for row in rows if not row.is_done]
-        if rows:
+        if not rows:
+            return
+        try:
             for row in self._continue(rows, watch):
                 row.seconds = time.monotonic() - started
                 yield self._completion(row)
+        except torch.OutOfMemoryError as error:
+            raise FitError(
+                f"generating {len(rows)} rows at once does not fit in the memory of {self.stage.mesh.device}: {str(error).splitlines()[0]}; "
+                "use a smaller generation_batch_size or maximum_tokens, or spread the model over more GPUs"
+            ) from None
 
     @torch.inference_mode()
     def _continue(self, rows: list[Row], watch: Watch | None) -> Iterator[Row]:
         """Rows as they end: at the end of text, a stop string or their limit."""
-        device = self.stage.mesh.device
+        text, lengths = self._prompts(rows)
         steps = max(row.limit for row in rows)
-        rules = Rules.of([row.request for row in rows], steps=steps, device=device)
-        text, lengths = self._prompts([row.request for row in rows], steps)
-        longest = int(lengths.max())
-        cache = self._cache(len(rows), longest + steps)
-        tokens, counts = text[:, :longest], lengths
+        rules = Rules.of([row.request for row in rows], steps=steps, device=text.device)
+        cache = None if self.recompute else self._cache(*text.shape)
+        tokens, counts = text[:, : int(lengths.max())], lengths
+        open_rows, going = len(rows), torch.ones_like(lengths)  # 0 for a row that has ended: it stays where it is until the others end too
         for step in range(steps):
             chosen = self._step(tokens, counts, cache, rules, step, rows)
-            for index, (row, token) in enumerate(zip(rows, chosen.tolist(), strict=True)):
+            for index, token in enumerate(chosen.tolist()):
+                row = rows[index]
                 if not row.is_done:
                     self._take(row, token)
                     if watch:
                         watch(index, row.tokens)
                     if row.finished or len(row.tokens) == row.limit:
                         yield row
-            if all(row.is_done for row in rows):
+            left = [int(not row.is_done) for row in rows]
+            if not any(left):
                 return
-            tokens, counts = chosen.unsqueeze(1), torch.ones_like(counts)
-            if self.recompute:
-                text = text.scatter(1, (lengths + step).unsqueeze(1), tokens)
-                tokens, counts = text[:, : longest + step + 1], lengths + step + 1
-                cache = self._cache(len(rows), longest + steps)
+            if sum(left) < open_rows:
+                open_rows, going = sum(left), torch.tensor(left, device=text.device)
+            tokens, counts = chosen.unsqueeze(1), going
+            if cache is None:
+                text = text.scatter(1, lengths.unsqueeze(1), tokens)
+                lengths = lengths + going
+                tokens, counts = text[:, : int(lengths.max())], lengths
 
-    def _prompts(self, requests: list[Request], steps: int) -> tuple[Tensor, Tensor]:
-        """The prompts side by side [b longest + steps], with what follows each still unwritten, and their lengths [b]."""
-        lengths = torch.tensor([len(request.tokens) for request in requests])
-        text = torch.full((len(requests), int(lengths.max()) + steps), self.tokenizer.eod)
-        for index, request in enumerate(requests):
-            text[index, : len(request.tokens)] = torch.tensor(request.tokens)
+    def _prompts(self, rows: list[Row]) -> tuple[Tensor, Tensor]:
+        """The prompts side by side with room for what may follow [b s], and their lengths [b]."""
+        lengths = torch.tensor([len(row.request.tokens) for row in rows])
+        room = max(len(row.request.tokens) + row.limit for row in rows)
+        text = torch.full((len(rows), room), self.tokenizer.eod)
+        for index, row in enumerate(rows):
+            text[index, : len(row.request.tokens)] = torch.tensor(row.request.tokens)
         device = self.stage.mesh.device
         return text.to(device), lengths.to(device)
 
@@ -104,30 +117,30 @@ class Decoder:
         heads = max(1, spec.kv_heads // stage.mesh.tp.size)
         return Cache.empty(stage.layers, spec, rows=rows, slots=slots, heads=heads, dtype=stage.dtype, device=stage.mesh.device)
 
-    def _step(self, tokens: Tensor, counts: Tensor, cache: Cache, rules: Rules, step: int, rows: list[Row]) -> Tensor:
+    def _step(self, tokens: Tensor, counts: Tensor, cache: Cache | None, rules: Rules, step: int, rows: list[Row]) -> Tensor:
         """The next token of every row [b], having seen its first `counts` [b] of `tokens` [b s]."""
         length = tokens.shape[1]
+        last = (counts - 1).clamp(min=0)
 
         def visit(number: int, layer: nn.Module, x: Tensor) -> Tensor:
-            if number in cache.keys:
+            if cache is not None and number in cache.keys:
                 return layer(x, cache.layer(number, length))
             if number == self.spec.norm_number:  # only the last position of a row says something about its next token
-                x = x[torch.arange(len(x), device=x.device), counts - 1].unsqueeze(1)
+                x = x[torch.arange(len(x), device=x.device), last].unsqueeze(1)
             return layer(x)
 
         def finish(logits: Tensor) -> Tensor:
             words = self.stage.mesh.tp.gather(logits.squeeze(1).contiguous()).float()
-            words[:, self.tokenizer.vocab_size :] = -torch.inf  # rows that only pad the vocabulary were never trained
-            chosen = choose(words, rules, step)
-            if self.keep_logits:
-                return torch.cat([chosen.unsqueeze(1).double(), words.double()], 1)
-            return chosen
+            known = words[:, : self.tokenizer.vocab_size]  # rows that only pad the vocabulary were never trained
+            chosen = choose(known, rules, step).where(known.amax(-1).isfinite(), NO_TOKEN)
+            return torch.cat([chosen.unsqueeze(1).double(), words.double()], 1) if self.keep_logits else chosen
 
         width = [self.spec.vocab + 1] if self.keep_logits else []
         kind = torch.double if self.keep_logits else torch.long
         answer = torch.empty([len(tokens), *width], dtype=kind, device=tokens.device)
         result = self.stage.run(tokens, visit, finish=finish, answer=answer)
-        cache.advance(counts, length)
+        if cache is not None:
+            cache.advance(counts, length)
         if not self.keep_logits:
             return result
         for row, values in zip(rows, result[:, 1:].float().tolist(), strict=True):
@@ -136,6 +149,11 @@ class Decoder:
         return result[:, 0].long()
 
     def _take(self, row: Row, token: int) -> None:
+        if token == NO_TOKEN:
+            raise CheckpointError(
+                f"the logits of prompt {row.request.id + 1} are no numbers (NaN or infinite) after {len(row.tokens)} tokens: the weights are damaged "
+                f"(tools/inspect_checkpoint.py FOLDER --values counts NaN), or {self.spec.dtype} overflows (try precision=bfloat16 or fp32)"
+            )
         if token == self.tokenizer.eod:
             row.finished = True
             return
@@ -157,7 +175,7 @@ class Decoder:
             row.tokens.pop()
 
     def _completion(self, row: Row) -> Completion:
-        text = row.text if row.text is not None else self.tokenizer.decode(row.tokens)
-        message = NOT_STARTED if row.limit <= 0 else None
+        text = (row.text if row.text is not None else self.tokenizer.decode(row.tokens)) if row.tokens else None
+        message = None if row.tokens else ENDED_AT_ONCE if row.limit > 0 else NO_ROOM
         logits = row.logits if self.keep_logits else None
-        return Completion(row.request, text if row.tokens else None, len(row.tokens), row.finished, message, row.seconds or 0.0, logits)
+        return Completion(row.request, text, len(row.tokens), row.finished, message, row.seconds or 0.0, logits)

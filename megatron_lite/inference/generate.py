@@ -1,22 +1,24 @@
 """What `generate.py` does: prompts from a file, from nothing or from the terminal; completions to a file of JSON lines or to the terminal."""
 
+import io
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
-from tqdm import tqdm
 
-from megatron_lite.config.sections import GenerationSection
+from megatron_lite.config.sections import GenerationSection, RunConfig
 from megatron_lite.data.jsonl import RecordWriter, check_writable
 from megatron_lite.data.prompts import Prompt, read_prompts
-from megatron_lite.errors import DataError
+from megatron_lite.errors import ConfigError, DataError
 from megatron_lite.inference.decode import Decoder
 from megatron_lite.inference.interactive import converse
 from megatron_lite.inference.request import Codec, Completion, Request, Sampling
 from megatron_lite.log import logger
+from megatron_lite.progress import progress, say
 from megatron_lite.run import Run, load_stage
 
 SHOWN = 5
@@ -25,42 +27,49 @@ SHOWN = 5
 
 def generate(run: Run) -> None:
     """Generates as the configuration says. Everything that can be wrong with prompts and output is found before weights are read."""
-    settings = run.config.generation
-    mode = generation_mode(settings)
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character does not end the run
+    settings, mode = run.config.generation, generation_mode(run.config)
+    sampling = default_sampling(run.config)
     if mode == "interactive":
-        converse(run, default_sampling(run), lambda: _decoder(run))
+        converse(run, sampling, lambda: _decoder(run))
         return
     output = output_file(settings)
     if run.mesh.is_writer:
         check_writable(output, source=settings.sample_input_file)
-    requests = read_requests(run, mode)
-    decoder = _decoder(run)
-    _write_all(run, decoder, requests, output)
+    requests = read_requests(run, mode, sampling)
+    _write_all(run, _decoder(run), requests, output)
 
 
-def generation_mode(settings: GenerationSection) -> str:
-    """text_gen_type, or what NeoX derives where it is silent."""
-    return settings.text_gen_type or ("input-file" if settings.sample_input_file else "unconditional")
+def generation_mode(config: RunConfig) -> str:
+    """text_gen_type, or what NeoX derives where it is silent. A file of prompts that the command line names (-i) is meant, whatever the YAML says."""
+    settings = config.generation
+    meant = config.where("sample_input_file") == "command line" and config.where("text_gen_type") != "command line"
+    if settings.sample_input_file and (meant or settings.text_gen_type is None):
+        return "input-file"
+    return settings.text_gen_type or "unconditional"
 
 
 def output_file(settings: GenerationSection) -> Path:
     return settings.sample_output_file or Path(f"{settings.sample_input_file or 'samples'}.output.jsonl")
 
 
-def default_sampling(run: Run) -> Sampling:
-    settings = run.config.generation
-    return Sampling(settings.temperature, settings.top_k, settings.top_p, settings.maximum_tokens, settings.stop, run.config.training.seed)
+def default_sampling(config: RunConfig) -> Sampling:
+    """How tokens are chosen where a prompt does not say otherwise."""
+    settings = config.generation
+    if "" in settings.stop:
+        raise ConfigError(f"{config.where('stop')}: stop holds an empty text, which every text would end with at once; take it out")
+    return Sampling(settings.temperature, settings.top_k, settings.top_p, settings.maximum_tokens, settings.stop, config.training.seed)
 
 
 def _decoder(run: Run) -> Decoder:
-    settings = run.config.generation
-    stage = load_stage(run)
-    return Decoder(
-        stage, run.spec, cast(Codec, run.tokenizer), context=run.config.model.seq_length, keep_logits=settings.return_logits, recompute=settings.recompute
-    )
+    settings, tokenizer = run.config.generation, cast(Codec, run.tokenizer)
+    stage, context = load_stage(run), run.config.model.seq_length
+    return Decoder(stage, run.spec, tokenizer, context=context, keep_logits=settings.return_logits, recompute=settings.recompute)
 
 
-def read_requests(run: Run, mode: str) -> list[Request]:
+def read_requests(run: Run, mode: str, sampling: Sampling) -> list[Request]:
     """The prompts as tokens; raises DataError for one that is longer than the model's context."""
     settings, context = run.config.generation, run.config.model.seq_length
     if mode == "unconditional":
@@ -69,40 +78,39 @@ def read_requests(run: Run, mode: str) -> list[Request]:
         raise DataError("text_gen_type is input-file, but no sample_input_file is set; give a file of prompts with -i FILE")
     else:
         prompts = read_prompts(settings.sample_input_file, prompt_end=settings.prompt_end)
-    encoded = run.tokenizer.encode_batch([prompt.text for prompt in prompts])
+    encoded = [tokens or [run.tokenizer.eod] for tokens in run.tokenizer.encode_batch([prompt.text for prompt in prompts])]
     for number, tokens in enumerate(encoded, start=1):
         if len(tokens) > context:
-            raise DataError(f"prompt {number} of {settings.sample_input_file} has {len(tokens)} tokens; the model's context is {context} (seq_length); shorten it")
+            where = f"prompt {number} of {settings.sample_input_file}"
+            raise DataError(f"{where} has {len(tokens)} tokens; the model's context is {context} (seq_length); shorten it")
     if longest := sum(len(tokens) >= context / 2 for tokens in encoded):
         logger.warning(f"{longest} of {len(encoded)} prompts fill half of the context of {context} tokens or more; their completions end where it ends")
-    sampling = default_sampling(run)
-    return [as_request(number, prompt, tokens or [run.tokenizer.eod], sampling) for number, (prompt, tokens) in enumerate(zip(prompts, encoded, strict=True))]
+    return [as_request(number, prompt, tokens, sampling) for number, (prompt, tokens) in enumerate(zip(prompts, encoded, strict=True))]
 
 
 def as_request(number: int, prompt: Prompt, tokens: Sequence[int], sampling: Sampling) -> Request:
     """A prompt's own settings win over the configuration's."""
-    own = dict(prompt.settings)
+    own: dict[str, Any] = dict(prompt.settings)
     if "stop" in own:
-        own["stop"] = (own["stop"],) if isinstance(own["stop"], str) else tuple(cast(list[str], own["stop"]))
-    return Request(number, prompt.text, tuple(tokens), replace(sampling, **own))  # pyright: ignore[reportArgumentType]
+        own["stop"] = (own["stop"],) if isinstance(own["stop"], str) else tuple(own["stop"])
+    return Request(number, prompt.text, tuple(tokens), replace(sampling, **own))
 
 
 def _write_all(run: Run, decoder: Decoder, requests: list[Request], output: Path) -> None:
     """One record a prompt, in the order of the prompts, each written as soon as it and those before it are there."""
-    started, count, tokens = time.monotonic(), 0, 0
     completions = in_order(_complete(decoder, requests, run.config.generation.generation_batch_size))
     if not run.mesh.is_writer:
         for _ in completions:
             pass
         return
-    bar = tqdm(total=len(requests), unit="prompt", desc="generating", leave=False)
-    with RecordWriter(output) as records, bar:
+    started, count, tokens = time.monotonic(), 0, 0
+    with RecordWriter(output) as records, progress("generating", len(requests), unit="prompts") as advance:
         for completion in completions:
             records.write(completion.as_record())
             count, tokens = count + 1, tokens + completion.length
-            bar.update()
+            advance(1)
             if count <= SHOWN:
-                bar.write(_shown(completion))
+                say(_shown(completion))
     seconds = time.monotonic() - started
     memory = f"; {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on this GPU" if run.mesh.device.type == "cuda" else ""
     logger.info(f"{count} prompts, {tokens} tokens in {seconds:.1f} s: {tokens / seconds:.1f} tokens/s{memory}; written to {output}")
@@ -125,4 +133,4 @@ def in_order(completions: Iterator[Completion]) -> Iterator[Completion]:
 
 
 def _shown(completion: Completion) -> str:
-    return f"\n[{completion.request.id + 1}] {completion.request.text}▏{completion.text or completion.message or '(nothing: the text ends here)'}"
+    return f"\n[{completion.request.id + 1}] {completion.request.text}▏{completion.text or completion.message}"

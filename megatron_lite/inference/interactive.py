@@ -2,9 +2,10 @@
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TextIO
 
-from megatron_lite.errors import DataError, UserError
+from megatron_lite.errors import DataError, FitError, UserError
 from megatron_lite.inference.decode import Decoder
 from megatron_lite.inference.request import Request, Sampling
 from megatron_lite.run import Run
@@ -15,13 +16,16 @@ QUESTION = "Context prompt >>> "
 def converse(run: Run, sampling: Sampling, load: Callable[[], Decoder]) -> None:
     """Prompts until the end of input (Ctrl-D). What is wrong with one prompt is said and does not end the session."""
     decoder = load()
+    prompts = Prompts(sys.stdin, run.config.generation.prompt_end)
     number = 0
     if run.mesh.is_writer:
-        _say(f"A prompt ends with {run.config.generation.prompt_end!r}; Ctrl-D quits.\n")
-    while (text := run.mesh.share_from_writer(lambda: read_prompt(run.config.generation.prompt_end))) is not None:
+        _say(f"A prompt ends with {prompts.end!r}; Ctrl-D quits.\n")
+    while (text := run.mesh.share_from_writer(prompts.ask)) is not None:
         try:
             _answer(run, decoder, _request(run, number, text, sampling))
         except UserError as error:
+            if isinstance(error, FitError) and run.mesh.layout.size > 1:
+                raise  # the other processes may have had memory enough, and wait for this one
             if run.mesh.is_writer:
                 _say(f"{error}\n")
         number += 1
@@ -29,16 +33,25 @@ def converse(run: Run, sampling: Sampling, load: Callable[[], Decoder]) -> None:
         _say("\n")
 
 
-def read_prompt(prompt_end: str) -> str | None:
-    """The lines up to prompt_end, or None at the end of input."""
-    _say(QUESTION)
-    read = ""
-    while prompt_end not in read:
-        line = sys.stdin.readline()
-        if not line:
-            return read.strip() or None
-        read += line
-    return read.split(prompt_end)[0].strip()
+@dataclass
+class Prompts:
+    """What is typed, cut at `end`; where `end` is empty, the end of input ends the one prompt."""
+
+    source: TextIO
+    end: str
+    read: str = field(default="", init=False)
+
+    def ask(self) -> str | None:
+        """The next prompt, or None at the end of input."""
+        _say(QUESTION)
+        while not self.end or self.end not in self.read:
+            line = self.source.readline()
+            if not line:
+                last, self.read = self.read, ""
+                return last.strip() or None
+            self.read += line
+        prompt, _, self.read = self.read.partition(self.end)
+        return prompt.strip()
 
 
 def _request(run: Run, number: int, text: str, sampling: Sampling) -> Request:
@@ -70,10 +83,10 @@ class Stream:
     said: str = ""
 
     def more(self, text: str) -> str:
-        """What may be printed of the text so far: half of a character, and what may become a stop string, waits."""
+        """What may be printed of the text so far: half of a character, a stop string, and what may become one, waits."""
         sure = text.rstrip("\ufffd")
-        held = max((_overlap(sure, stop) for stop in self.stop), default=0)
-        return self._let_out(sure[: len(sure) - held])
+        ends = [sure.index(stop) if stop in sure else len(sure) - _overlap(sure, stop) for stop in self.stop]
+        return self._let_out(sure[: min(ends, default=len(sure))])
 
     def rest(self, text: str) -> str:
         """What is left to print of the final text."""

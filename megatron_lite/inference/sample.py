@@ -9,57 +9,66 @@ from torch import Tensor
 
 from megatron_lite.inference.request import Request
 
+COLDEST, HOTTEST = 1e-30, 1e30
+"""Temperatures beyond these would leave the range of fp32, and change nothing."""
+
 
 @dataclass(frozen=True)
 class Rules:
-    """The sampling settings of a batch, one entry a row, on the device of the logits."""
+    """The sampling settings of a batch, one entry a row, on the device of the logits. What all rows have in common is known here, so that nothing waits
+    for the device: `is_greedy` where no row draws, `most` the largest top_k, `has_top_p` where any row uses it."""
 
     temperature: Tensor
     top_k: Tensor
     top_p: Tensor
     draws: Tensor  # [b steps] uniform numbers in [0, 1)
+    is_greedy: bool
+    most: int
+    has_top_p: bool
 
     @classmethod
     def of(cls, requests: Sequence[Request], *, steps: int, device: torch.device) -> "Rules":
         settings = [request.sampling for request in requests]
         # numbered by seed and prompt, not drawn in turn: the same text at every cut, batch and order
-        draws = np.stack([np.random.default_rng((request.sampling.seed, request.id)).random(steps) for request in requests])
+        draws = np.stack([np.random.default_rng((request.sampling.seed % 2**64, request.id)).random(steps) for request in requests])
+        most = [min(s.top_k, 2**31) for s in settings]
         return cls(
-            torch.tensor([s.temperature for s in settings], dtype=torch.float32, device=device),
-            torch.tensor([s.top_k for s in settings], device=device),
+            torch.tensor([min(s.temperature, HOTTEST) for s in settings], dtype=torch.float32, device=device),
+            torch.tensor(most, device=device),
             torch.tensor([s.top_p for s in settings], dtype=torch.float32, device=device),
             torch.from_numpy(draws).to(device),
+            is_greedy=all(s.temperature == 0 for s in settings),
+            most=max(most),
+            has_top_p=any(0 < s.top_p < 1 for s in settings),
         )
 
 
 def choose(logits: Tensor, rules: Rules, step: int) -> Tensor:
     """Token ids [b]: the argmax where temperature is 0, else a draw after temperature, top-k and top-p, in this order."""
     greedy = logits.argmax(-1)
-    if not bool((rules.temperature > 0).any()):
+    if rules.is_greedy:
         return greedy
-    scaled = logits / rules.temperature.where(rules.temperature > 0, 1).unsqueeze(-1)
-    kept = keep_top_p(keep_top_k(scaled, rules.top_k), rules.top_p)
+    kept = logits / rules.temperature.clamp(min=COLDEST).unsqueeze(-1)
+    if rules.most:
+        kept = keep_top_k(kept, rules.top_k, most=rules.most)
+    if rules.has_top_p:
+        kept = keep_top_p(kept, rules.top_p)
     return greedy.where(rules.temperature == 0, draw(kept, rules.draws[:, step]))
 
 
-def keep_top_k(logits: Tensor, top_k: Tensor) -> Tensor:
-    """All but the top_k highest logits of each row become -inf; ties with the k-th stay; 0 keeps all."""
-    most = int(top_k.max())
-    if most <= 0:
-        return logits
+def keep_top_k(logits: Tensor, top_k: Tensor, *, most: int) -> Tensor:
+    """All but the top_k highest logits of each row become -inf; ties with the k-th stay; 0 keeps all. `most` is the largest top_k."""
     highest = logits.topk(min(most, logits.shape[-1])).values
     threshold = highest.gather(-1, (top_k.clamp(1, highest.shape[-1]) - 1).unsqueeze(-1))
     return logits.masked_fill((logits < threshold) & (top_k > 0).unsqueeze(-1), -torch.inf)
 
 
 def keep_top_p(logits: Tensor, top_p: Tensor) -> Tensor:
-    """Keeps the likeliest tokens of each row until their probability reaches top_p, the one that crosses it included; 0 keeps all."""
-    if not bool((top_p > 0).any()):
-        return logits
+    """Keeps the likeliest tokens of each row until their probability reaches top_p, the one that crosses it included; 0 and 1 keep all."""
     ordered, order = logits.sort(descending=True, stable=True)
     probability = ordered.softmax(-1)
     before = probability.cumsum(-1) - probability
-    dropped = (before >= top_p.unsqueeze(-1)) & (top_p > 0).unsqueeze(-1)
+    dropped = (before >= top_p.unsqueeze(-1)) & ((top_p > 0) & (top_p < 1)).unsqueeze(-1)
     dropped[:, 0] = False
     return logits.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), -torch.inf)
 
