@@ -191,7 +191,8 @@ def test_an_exception_is_told_once_with_rank_host_and_log(launch: Launch) -> Non
 
 def test_the_first_exception_is_told_and_not_those_that_follow_from_it(launch: Launch) -> None:
     body = """while rank != 2 and not list(Path().glob('logs/*/rank2.error.json')): pass
-raise ValueError(['follows', 'follows', 'cause'][rank])"""
+what = ['follows', 'follows', 'cause'][rank]
+raise ValueError(what)"""
     launcher = launch(body, 3)
     assert launcher.end(10) == 1
     assert launcher.errors().splitlines()[-1].startswith("rank 2 on ")
