@@ -1,8 +1,8 @@
 """The words of the command line: any order, any spelling that NeoX's users know, and a sentence where they do not make sense."""
 
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -143,9 +143,10 @@ def test_words_that_make_no_sense_get_a_sentence(line: str, sentence: str) -> No
 
 
 def test_help_answers_at_once_and_names_everything() -> None:
-    started = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     answer = subprocess.run([sys.executable, str(ROOT / "deepy.py"), "--help"], capture_output=True, text=True, check=True)
-    assert time.monotonic() - started < 0.5
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5  # seconds of work, whatever else the machine does
     for word in ("generate.py", "evaluate.py", "train.py", "CONF", "key=value", "--conf_dir", "--hostfile", "--dry-run", "--eval_tasks", "--iteration"):
         assert word in answer.stdout
     assert max(map(len, answer.stdout.splitlines())) <= 150
