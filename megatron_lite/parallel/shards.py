@@ -5,6 +5,7 @@ Shards are what the ranks of one cut hold, in rank order. They may be memory-map
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import lcm
 from typing import Protocol
 
 import torch
@@ -105,17 +106,17 @@ class Replicate:
         return tuple(shard)
 
     def take(self, shards: Sequence[Tensor], index: int, size: int) -> Tensor:
-        merged = _ranks_within(len(shards), index, size)
-        first = shards[merged[0]]
-        if all(torch.equal(first, shards[rank]) for rank in merged[1:]):
-            return first
-        return torch.stack([shards[rank].float() for rank in merged]).mean(0).to(first.dtype)
+        merged = [shards[rank] for rank in _ranks_within(len(shards), index, size)]
+        if all(torch.equal(merged[0], shard) for shard in merged[1:]):
+            return merged[0]
+        return torch.stack([shard.float() for shard in merged]).mean(0).to(merged[0].dtype)
 
 
 @dataclass(frozen=True)
 class RankLocal(Replicate):
     """Copies that may have drifted apart in training, as 20B's norms did, each belonging to the columns of its rank. Merging ranks keeps the different
-    copies [copies, ...], so that no cut changes the model; `merge`, for formats that know only one, averages."""
+    copies [copies, ...], each for an equal share of the new rank's columns, so that no cut changes the model; `merge`, for formats that know only one,
+    averages."""
 
     def merge(self, shards: Sequence[Tensor]) -> Tensor:
         return Replicate().take(shards, 0, 1)
@@ -149,13 +150,10 @@ class Partial:
         return torch.stack([term.float() for term in terms]).sum(0).to(shards[0].dtype)
 
 
-def _ranks_within(stored: int, index: int, size: int) -> range:
-    """Which of `stored` ranks the rank `index` of `size` takes the place of."""
-    if size % stored == 0:
-        return range(index * stored // size, index * stored // size + 1)
-    if stored % size == 0:
-        return range(index * stored // size, (index + 1) * stored // size)
-    return range(stored)
+def _ranks_within(stored: int, index: int, size: int) -> list[int]:
+    """Which of `stored` ranks the rank `index` of `size` takes the place of, for each of the equal shares of its columns that have one such rank."""
+    shares = lcm(stored, size) // size
+    return [(index * shares + share) * stored // (size * shares) for share in range(shares)]
 
 
 def _between(shards: Sequence[Tensor], dim: int, start: int, stop: int) -> Tensor:
