@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from launcher.hosts import Host, find_hostfile, find_hosts, read_hostfile
+from launcher.multinode import share
 from megatron_lite.config.sections import LauncherSection
 from megatron_lite.errors import ConfigError
 
@@ -42,7 +43,7 @@ def test_a_line_that_is_no_host_is_told_with_its_number(tmp_path: Path, text: st
 
 
 def test_a_missing_hostfile_is_an_error_and_not_a_warning(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="hostfile .*nowhere cannot be read: No such file or directory; check -H, hostfile or DLTS_HOSTFILE"):
+    with pytest.raises(ConfigError, match=r"hostfile .*nowhere cannot be read: No such file or directory; check -H, hostfile or DLTS_HOSTFILE"):
         read_hostfile(tmp_path / "nowhere")
 
 
@@ -100,3 +101,10 @@ def test_a_filter_that_matches_nothing_is_an_error(hostfile: Path, keys: dict[st
     with pytest.raises(ConfigError) as error:
         find_hosts(hostfile, LauncherSection.model_validate(keys), devices=1)
     assert str(error.value).startswith(sentence)
+
+
+def test_the_first_devices_are_shared_out_in_the_order_of_the_hosts() -> None:
+    hosts = (Host("a", (0, 1, 2)), Host("b", (3, 4)), Host("c", (0,)))
+    assert share(hosts, 6) == hosts
+    assert share(hosts, 4) == (Host("a", (0, 1, 2)), Host("b", (3,)))
+    assert share(hosts, 2) == (Host("a", (0, 1)),)

@@ -12,8 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from launcher.hosts import Host
-from launcher.multinode import share
 from launcher.node import configs_here
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -107,13 +105,6 @@ def end(job: "subprocess.Popen[str]") -> tuple[int, str, str]:
 def gone(pid: int) -> bool:
     stat = Path(f"/proc/{pid}/stat")
     return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
-
-
-def test_the_first_devices_are_shared_out_in_the_order_of_the_hosts() -> None:
-    hosts = (Host("a", (0, 1, 2)), Host("b", (3, 4)), Host("c", (0,)))
-    assert share(hosts, 6) == hosts
-    assert share(hosts, 4) == (Host("a", (0, 1, 2)), Host("b", (3,)))
-    assert share(hosts, 2) == (Host("a", (0, 1)),)
 
 
 def test_a_configuration_that_a_host_lacks_is_written_there_and_one_that_it_has_is_used(folder: Path) -> None:

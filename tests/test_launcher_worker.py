@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from launcher.fit import fit_to_processes
-from launcher.place import fill_environment, first_host, is_one_of_several
 from launcher.spawn import SAFE_PATH
 from megatron_lite.config.load import load_config
 from megatron_lite.errors import LayoutError
@@ -30,7 +29,6 @@ def main(command):
 
 work(main, script="generate")
 """
-STEP = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "4217", "SLURM_STEP_ID": "0", "SLURM_JOB_NODELIST": "gpu[03-04]"}
 
 
 @pytest.fixture
@@ -108,76 +106,12 @@ def test_a_user_error_has_no_traceback_under_torchrun(script: Path) -> None:
     assert f"rank 1: {sentence}" not in ended.stderr
 
 
-def test_srun_fills_in_the_ranks_and_the_meeting_place() -> None:
-    environment = dict(STEP)
-    fill_environment(environment)
-    assert {key: environment[key] for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")} == {
-        "RANK": "5",
-        "WORLD_SIZE": "8",
-        "LOCAL_RANK": "1",
-        "MASTER_ADDR": "gpu03",
-    }
-    assert 20000 <= int(environment["MASTER_PORT"]) < 32000
-
-
-def test_deepy_itself_is_not_to_be_started_by_srun_or_torchrun() -> None:
-    assert is_one_of_several(STEP)
-    assert is_one_of_several({"RANK": "0", "WORLD_SIZE": "1"})
-    assert not is_one_of_several({})
-    assert not is_one_of_several({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"})
+def test_deepy_itself_is_not_to_be_started_by_torchrun(script: Path) -> None:
     ended = run(ROOT / "deepy.py", "generate.py", RANK="0", WORLD_SIZE="2")
     assert (ended.returncode, ended.stderr) == (
         2,
         "deepy.py starts one process per device itself; start it once, or let torchrun or srun start generate.py with the same words\n",
     )
-
-
-def test_every_task_derives_the_same_port_and_another_job_another() -> None:
-    tasks = [dict(STEP, SLURM_PROCID=str(task)) for task in range(8)]
-    for task in tasks:
-        fill_environment(task)
-    other = dict(STEP, SLURM_JOB_ID="4218")
-    fill_environment(other)
-    assert len({task["MASTER_PORT"] for task in tasks}) == 1
-    assert other["MASTER_PORT"] != tasks[0]["MASTER_PORT"]
-
-
-def test_the_address_srun_was_called_at_is_used_where_no_list_of_hosts_is() -> None:
-    environment = {key: value for key, value in STEP.items() if key != "SLURM_JOB_NODELIST"} | {"SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7"}
-    fill_environment(environment)
-    assert environment["MASTER_ADDR"] == "10.0.0.7"
-    del environment["RANK"], environment["MASTER_ADDR"], environment["SLURM_LAUNCH_NODE_IPADDR"]
-    with pytest.raises(LayoutError, match="without SLURM_JOB_NODELIST; set MASTER_ADDR"):
-        fill_environment(environment)
-
-
-@pytest.mark.parametrize(
-    "environment",
-    [
-        {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_NODELIST": "gpu03"},  # the shell of a batch script
-        {**STEP, "SLURM_NTASKS": "1"},
-        {**STEP, "RANK": "0", "WORLD_SIZE": "2"},  # deepy or torchrun inside a SLURM job
-        {},
-    ],
-)
-def test_a_process_that_srun_did_not_start_among_others_is_left_alone(environment: dict[str, str]) -> None:
-    before = dict(environment)
-    fill_environment(environment)
-    assert environment == before
-
-
-@pytest.mark.parametrize(
-    ("hosts", "first"),
-    [
-        ("gpu03", "gpu03"),
-        ("gpu03,gpu07", "gpu03"),
-        ("gpu[03-06,9]", "gpu03"),
-        ("gpu[7,9-12]-ib,login", "gpu7-ib"),
-        ("a-b-1.site", "a-b-1.site"),
-    ],
-)
-def test_the_first_of_slurms_hosts_is_found(hosts: str, first: str) -> None:
-    assert first_host(hosts) == first
 
 
 def test_a_layout_is_fitted_to_the_processes_that_were_started(monkeypatch: pytest.MonkeyPatch) -> None:
