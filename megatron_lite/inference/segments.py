@@ -1,0 +1,120 @@
+"""Attention over a packed row, where every segment sees only its own text: a plain way, and flash attention where the GPU has it."""
+
+import inspect
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate, chain
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_lite.inference.packing import Segment
+from megatron_lite.models.cache import Past, causal_mix
+from megatron_lite.models.spec import ModelSpec
+
+# s tokens in the row, h heads on this rank, d head size, n segments of one shape, l tokens in each, c keys that they see
+
+
+def segmented(segments: Sequence[Segment], spec: ModelSpec, *, dtype: torch.dtype, device: torch.device) -> Past:
+    """What a block needs to know of the segments; they cover the row in order."""
+    kind = FlashSegments if has_flash(dtype, spec.head_dim, device) else PlainSegments
+    return kind.of(segments, device)
+
+
+def has_flash(dtype: torch.dtype, head_dim: int, device: torch.device) -> bool:
+    """Whether torch's attention over segments of any length serves this model here."""
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or head_dim % 8 or head_dim > 256:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0) and _causal() is not None
+
+
+@cache
+def _causal() -> dict[str, object] | None:
+    """How this version of torch is told that no token sees those behind it; None where it has no attention over segments."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return {"is_causal": True} if "is_causal" in inspect.signature(varlen_attn).parameters else {"window_size": (-1, 0)}
+
+
+def to_device(values: Sequence[int], device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
+    """A list of numbers on the device, without waiting for what the device is doing."""
+    tensor = torch.tensor(values, dtype=dtype)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def positions_of(segments: Sequence[Segment], device: torch.device) -> Tensor:
+    """[1 s]: where each token of the row stands in its own text."""
+    spans = (range(segment.position, segment.position + segment.length) for segment in segments)
+    return to_device(list(chain.from_iterable(spans)), device).unsqueeze(0)
+
+
+@dataclass(frozen=True)
+class PlainSegments:
+    """Segments of one shape are attended to together, shape by shape: the places of their queries [n l] and of the keys that they see [n c]."""
+
+    positions: Tensor
+    shapes: list[tuple[Tensor, Tensor]]
+
+    @classmethod
+    def of(cls, segments: Sequence[Segment], device: torch.device) -> "PlainSegments":
+        alike: dict[tuple[int, int], list[Segment]] = defaultdict(list)
+        for segment in segments:
+            alike[segment.position, segment.length].append(segment)
+        shapes = []
+        for same in alike.values():
+            queries = torch.tensor([segment.path[-1] for segment in same], device=device)
+            keys = torch.tensor([list(chain.from_iterable(segment.path)) for segment in same], device=device)
+            shapes.append((queries, keys))
+        return cls(positions_of(segments, device), shapes)
+
+    def mix(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        mixed = torch.empty_like(query)
+        grouped = query.shape[1] != key.shape[1]
+        for queries, keys in self.shapes:
+            q, k, v = (x[0][:, places].transpose(0, 1) for x, places in ((query, queries), (key, keys), (value, keys)))  # n h l d, n h c d
+            if q.shape[2] == k.shape[2]:
+                found = causal_mix(q, k, v)
+            else:
+                seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
+                found = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=grouped)
+            mixed[0][:, queries] = found.transpose(0, 1)
+        return mixed
+
+
+@dataclass(frozen=True)
+class FlashSegments:
+    """One kernel for all segments. `keys` are the places of what each sees, one after the other; None where every segment is a text of its own."""
+
+    positions: Tensor
+    starts: Tensor
+    longest: int
+    keys: Tensor | None
+    key_starts: Tensor
+    most_keys: int
+
+    @classmethod
+    def of(cls, segments: Sequence[Segment], device: torch.device) -> "FlashSegments":
+        lengths = [segment.length for segment in segments]
+        counts = [segment.position + segment.length for segment in segments]
+        starts, key_starts = (to_device([0, *accumulate(each)], device, torch.int32) for each in (lengths, counts))
+        keys = to_device([place for segment in segments for part in segment.path for place in part], device) if counts != lengths else None
+        return cls(positions_of(segments, device), starts, max(lengths), keys, key_starts, max(counts))
+
+    def mix(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # s h d
+        if self.keys is not None:
+            key, value = key[self.keys], value[self.keys]
+        if query.shape[1] != key.shape[1]:
+            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+        causal: dict[str, Any] = _causal() or {}  # Any: the option's name depends on torch's version
+        mixed = varlen_attn(query, key, value, self.starts, self.key_starts, self.longest, self.most_keys, **causal)
+        assert isinstance(mixed, Tensor)
+        return mixed.transpose(0, 1).unsqueeze(0)
