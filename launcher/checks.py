@@ -1,14 +1,19 @@
 """What can be wrong with a run's files, found before any process starts; the processes look again when they use them."""
 
 from collections.abc import Callable
-from pathlib import Path
+from typing import cast
 
+from launcher.plan import Demand
 from megatron_lite.checkpoint.find import check_numbers, find_checkpoint
 from megatron_lite.config.sections import RunConfig
 from megatron_lite.data.jsonl import check_writable
-from megatron_lite.data.prompts import read_prompts
+from megatron_lite.data.prompts import Prompt, read_prompts
+from megatron_lite.data.tokenizer import load_tokenizer
 from megatron_lite.errors import CheckpointError, ConfigError, DataError
 from megatron_lite.parallel.layout import stage_numbers
+
+COUNTED = 16
+"""Prompts that are counted in tokens to learn how long the longest is."""
 
 Check = Callable[[RunConfig], None]
 
@@ -24,38 +29,35 @@ def check_checkpoint(config: RunConfig) -> None:
 
 def check_output(config: RunConfig) -> None:
     """Whether results can be written."""
-    output = generation_output(config)
+    output = config.generation_output
     if output is not None:
         check_writable(output, source=config.generation.sample_input_file)
 
 
 def check_prompts(config: RunConfig) -> None:
-    count_prompts(config)
+    prompts_of(config)
 
 
-def generation_mode(config: RunConfig) -> str:
-    """text_gen_type, or what NeoX derives where it is silent."""
-    return config.generation.text_gen_type or ("input-file" if config.generation.sample_input_file else "unconditional")
-
-
-def generation_output(config: RunConfig) -> Path | None:
-    """The file that generation writes to, if it writes to one."""
+def prompts_of(config: RunConfig) -> list[Prompt]:
+    """The texts that are to be continued; one, still unknown, in interactive mode."""
     settings = config.generation
-    if generation_mode(config) == "interactive":
-        return None
-    return settings.sample_output_file or Path(f"{settings.sample_input_file or 'samples'}.output.jsonl")
-
-
-def count_prompts(config: RunConfig) -> int:
-    """How many texts are to be generated."""
-    settings = config.generation
-    if generation_mode(config) == "interactive":
-        return 1
-    if generation_mode(config) == "unconditional":
-        return settings.num_samples
+    if config.generation_mode == "interactive":
+        return [Prompt("")]
+    if config.generation_mode == "unconditional":
+        return [Prompt("")] * settings.num_samples
     if settings.sample_input_file is None:
         raise DataError("text_gen_type is input-file, but no sample_input_file is set; give a file of prompts with -i FILE")
-    return len(read_prompts(settings.sample_input_file, prompt_end=settings.prompt_end))
+    return read_prompts(settings.sample_input_file, prompt_end=settings.prompt_end)
+
+
+def demand_of(config: RunConfig) -> Demand:
+    """How many rows generation can have, and how long the longest will be: of the prompts with the most bytes, some are counted in tokens."""
+    prompts, most = prompts_of(config), config.model.seq_length
+    if config.generation_mode == "interactive":
+        return Demand(1, most)
+    new = max(cast(int, prompt.settings.get("maximum_tokens", config.generation.maximum_tokens)) for prompt in prompts)
+    longest = sorted((prompt.text for prompt in prompts), key=len)[-COUNTED:]
+    return Demand(len(prompts), min(most, new + max(map(len, load_tokenizer(config.tokenizer).encode_batch(longest))) + 1))
 
 
 def check_tasks(config: RunConfig) -> None:

@@ -11,6 +11,14 @@ ITSELF = {"GPU": 2**30, "slot": 2**30, "CPU": 2**28, "process": 0}  # bytes a pr
 
 
 @dataclass(frozen=True)
+class Demand:
+    """What generation has to do: how many rows there are, and the tokens of the longest, prompt and completion."""
+
+    rows: int
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """A layout on some hardware, and one footprint for every pipeline stage.
 
@@ -20,6 +28,7 @@ class Plan:
     hardware: Hardware
     layout: Layout
     rows: int
+    context: int
     stages: tuple[Footprint, ...]
     notes: tuple[str, ...] = ()
     fewer_rows: int | None = None
@@ -73,7 +82,7 @@ class Plan:
 
 def weigh(hardware: Hardware, layout: Layout, spec: ModelSpec, *, rows: int, context: int) -> Plan:
     stages = tuple(generation_footprint(spec, layout, stage, rows=rows, context=context) for stage in range(layout.pp))
-    return Plan(hardware, layout, rows, stages)
+    return Plan(hardware, layout, rows, context, stages)
 
 
 def gigabytes(size: int) -> str:

@@ -6,24 +6,23 @@ from functools import cached_property
 
 from launcher.fit import Wish, fit_devices, layouts_for, replicate, sizes, wish_of
 from launcher.hardware import Hardware
-from launcher.plan import Plan, gigabytes, weigh, with_note
+from launcher.plan import Demand, Plan, gigabytes, weigh, with_note
 from megatron_lite.config.sections import RunConfig
 from megatron_lite.errors import FitError
-from megatron_lite.models.spec import DType, ModelSpec, spec_of
+from megatron_lite.models.spec import DTYPES, DType, ModelSpec, spec_of
 from megatron_lite.parallel.layout import Layout
 
-DTYPES: dict[str, DType] = {"fp16": "float16", "bfloat16": "bfloat16", "fp32": "float32"}
 MOST_DEVICES = 256  # nobody wants to hear that more would be needed
 
 
 @dataclass(frozen=True)
 class Planner:
-    """Weighs layouts of one model on one machine. `entries` are those of the vocabulary before padding, `prompts` how many there are to generate."""
+    """Weighs layouts of one model on one machine. `entries` are those of the vocabulary before padding; without a demand, rows are as long as can be."""
 
     config: RunConfig
     hardware: Hardware
     entries: int
-    prompts: int | None = None
+    demand: Demand | None = None
 
     @cached_property
     def wish(self) -> Wish:
@@ -33,7 +32,7 @@ class Planner:
     def row_choices(self) -> tuple[int, ...]:
         """How many rows may be generated at once, best first: fewer than the default where nobody asked for a number."""
         asked = self.config.generation.generation_batch_size
-        asked = min(asked, self.prompts or asked)
+        asked = min(asked, self.demand.rows) if self.demand else asked
         if self.config.where("generation_batch_size") != "default":
             return (asked,)
         return (asked, *(2**power for power in reversed(range(10)) if 2**power < asked))
@@ -44,7 +43,7 @@ class Planner:
         return spec_of(self.config.model, vocab=-(-self.entries // multiple) * multiple, dtype=dtype)
 
     def weigh(self, layout: Layout, rows: int, hardware: Hardware | None = None) -> Plan:
-        return weigh(hardware or self.hardware, layout, self.spec(layout), rows=rows, context=self.config.model.seq_length)
+        return weigh(hardware or self.hardware, layout, self.spec(layout), rows=rows, context=self.demand.tokens if self.demand else self.config.model.seq_length)
 
     def fitting(self, layouts: list[Layout], hardware: Hardware | None = None, *, rows: Sequence[int] | None = None) -> Iterator[Plan]:
         """The plans for these layouts that fit, each with as many rows as it can."""
@@ -63,9 +62,9 @@ def vocabulary_entries(config: RunConfig) -> int:
     return load_tokenizer(config.tokenizer).vocab_size
 
 
-def plan_generation(config: RunConfig, hardware: Hardware, entries: int, *, prompts: int | None = None) -> Plan:
+def plan_generation(config: RunConfig, hardware: Hardware, entries: int, *, demand: Demand | None = None) -> Plan:
     """The plan for generation or evaluation. Raises LayoutError or FitError where nothing that was asked for can run."""
-    planner = Planner(config, hardware, entries, prompts)
+    planner = Planner(config, hardware, entries, demand)
     layout, line = fit_devices(planner.wish, hardware, planner.spec(planner.wish.layout))
     first = planner.weigh(layout, planner.row_choices[0])
     shortage = first.shortage()
@@ -77,6 +76,13 @@ def plan_generation(config: RunConfig, hardware: Hardware, entries: int, *, prom
         raise FitError(f"{planner.wish.where} with {layout} and {_rows(least.rows)} at once {least.shortage()}; {_remedy(planner)}")
     fewer = plan.rows if plan.rows < first.rows else None
     return replace(with_note(with_note(plan, line), f"{layout} {shortage}: using {_differences(first, plan)}"), fewer_rows=fewer)
+
+
+def plan_anyway(config: RunConfig, hardware: Hardware, entries: int, *, demand: Demand | None = None) -> Plan:
+    """What was asked for, or fitted to the devices, whether memory holds it or not."""
+    planner = Planner(config, hardware, entries, demand)
+    layout, line = fit_devices(planner.wish, hardware, planner.spec(planner.wish.layout))
+    return with_note(planner.weigh(layout, planner.row_choices[0]), line)
 
 
 def plan_training(config: RunConfig, hardware: Hardware, entries: int) -> Plan:

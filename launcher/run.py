@@ -6,20 +6,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from launcher.checks import CHECKS, count_prompts, generation_mode, generation_output
+from launcher.checks import CHECKS, demand_of
 from launcher.command import Command
 from launcher.hardware import Hardware
 from launcher.job import Job
 from launcher.multinode import run_on_hosts
 from launcher.plan import Plan
-from launcher.planner import plan_generation, plan_settings, plan_training, vocabulary_entries
+from launcher.planner import plan_anyway, plan_generation, plan_settings, plan_training, vocabulary_entries
 from launcher.show import describe_devices, show_run
 from launcher.site import Site, find_site
 from launcher.spawn import new_log_folder, spawn
 from megatron_lite.config.load import load_config
 from megatron_lite.config.sections import RunConfig
 from megatron_lite.data.jsonl import trim_cut_line
-from megatron_lite.errors import LayoutError, UserError
+from megatron_lite.errors import FitError, LayoutError, UserError
 
 LOGS = Path("logs")  # where log_dir is silent
 USUAL_ENTRIES = 50277  # of the tokenizer of 20B and Pythia: what a dry run reckons with before the tokenizer is there
@@ -51,7 +51,7 @@ def settle(command: Command, machine: Hardware | None = None) -> Run:
     for check in CHECKS.get(command.script, ()):
         attempt(lambda check=check: check(config), problems)
     entries = attempt(lambda: vocabulary_entries(config), problems)
-    plan = attempt(lambda: _plan(command.script, config, site.hardware, entries or USUAL_ENTRIES), problems)
+    plan = attempt(lambda: _plan(command, config, site.hardware, entries or USUAL_ENTRIES, problems), problems)
     if plan is None or (problems and not command.dry_run):
         raise UserError("\n".join(map(str, problems)))
     return Run(command, config, site, plan, plan_settings(plan, config), problems)
@@ -66,11 +66,17 @@ def attempt(make: Callable[[], T], problems: list[UserError]) -> T | None:
         return None
 
 
-def _plan(script: str, config: RunConfig, hardware: Hardware, entries: int) -> Plan:
-    if script == "train":
+def _plan(command: Command, config: RunConfig, hardware: Hardware, entries: int, problems: list[UserError]) -> Plan:
+    if command.script == "train":
         return plan_training(config, hardware, entries)
-    prompts = attempt(lambda: count_prompts(config), []) if script == "generate" else None
-    return plan_generation(config, hardware, entries, prompts=prompts)
+    demand = attempt(lambda: demand_of(config), []) if command.script == "generate" else None
+    try:
+        return plan_generation(config, hardware, entries, demand=demand)
+    except FitError as problem:
+        if not command.dry_run:
+            raise
+        problems.append(problem)
+        return plan_anyway(config, hardware, entries, demand=demand)
 
 
 def show(run: Run) -> int:
@@ -83,7 +89,7 @@ def show(run: Run) -> int:
 
 def start(run: Run, script: Path) -> int:
     """Starts the processes and returns the exit code when they have ended."""
-    if generation_mode(run.config) == "interactive" and not run.site.hosts[0].is_here:
+    if run.config.generation_mode == "interactive" and not run.site.hosts[0].is_here:
         raise LayoutError(f"a conversation needs its first process on this machine, and {run.site.hosts[0].name} is another; name this one first")
     logs = new_log_folder(script.stem, run.config.logging.log_dir or LOGS)
     remark = [run.site.hardware.remark] if run.site.hardware.remark else []
@@ -94,7 +100,7 @@ def start(run: Run, script: Path) -> int:
         code = spawn(Job(script.stem, script, tuple(run.words), count, logs, environment=run.site.hardware.environment()))
     else:
         code = run_on_hosts(run.site.hosts, run.command.configs, Job(script.stem, script, tuple(run.words), count, logs), run.config.launcher)
-    output = generation_output(run.config) if run.command.script == "generate" else None
+    output = run.config.generation_output if run.command.script == "generate" else None
     if code and output:
         trim_cut_line(output)  # whoever is killed while writing leaves half a line
     return code

@@ -15,7 +15,7 @@ def show_run(config: RunConfig, plan: Plan, changes: Mapping[str, object]) -> st
     """Settings, layout and memory. `changes` are the settings that the plan replaces."""
     rows = [("setting", "value", "set by"), *_settings(config, changes)]
     notes = [*config.notes, *plan.notes]
-    parts = [table(rows), _headline(plan), table([LAYOUT, *_stages(config, plan)], right=range(3, 9)), _closing(config, plan), "\n".join(notes)]
+    parts = [table(rows), _headline(plan), table([LAYOUT, *_stages(config, plan)], right=range(3, 9)), _closing(plan), "\n".join(notes)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -62,9 +62,9 @@ def _span(numbers: Sequence[int], width: int = 0) -> str:
     return first if first == last else f"{first}-{last}"
 
 
-def _closing(config: RunConfig, plan: Plan) -> str:
+def _closing(plan: Plan) -> str:
     work = (
-        f"{plan.rows} row{'s' * (plan.rows > 1)} at once of up to {config.model.seq_length} tokens" if plan.rows else "weights only, without what training adds"
+        f"{plan.rows} row{'s' * (plan.rows > 1)} at once of up to {plan.context} tokens" if plan.rows else "weights only, without what training adds"
     )
     if plan.hardware.kind != "CPU":
         return f"reckoned for {work}"

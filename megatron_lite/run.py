@@ -17,13 +17,11 @@ from megatron_lite.errors import ConfigError, FitError, TokenizerError
 from megatron_lite.log import logger
 from megatron_lite.models.architecture import Architecture, architecture_named
 from megatron_lite.models.memory import generation_footprint
-from megatron_lite.models.spec import DType, ModelSpec, spec_of
+from megatron_lite.models.spec import DTYPES, DType, ModelSpec, spec_of
 from megatron_lite.parallel.layout import Layout, check_cut, stage_numbers
 from megatron_lite.parallel.mesh import Mesh, build_mesh, joined_world
 from megatron_lite.parallel.stage import Stage
 from megatron_lite.progress import progress
-
-DTYPES: dict[str, DType] = {"fp16": "float16", "bfloat16": "bfloat16", "fp32": "float32"}
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class Run:
 @contextmanager
 def open_run(config: RunConfig) -> Iterator[Run]:
     """Joins the other processes and reads everything but the weights. Raises UserError where the parts do not fit together."""
-    patience = timedelta(days=7) if config.generation.text_gen_type == "interactive" else timedelta(minutes=30)  # people think
+    patience = timedelta(days=7) if config.generation_mode == "interactive" else timedelta(minutes=30)  # people think
     with joined_world(timeout=patience) as (rank, world, device):
         pp, tp = max(1, config.parallel.pipe_parallel_size), config.parallel.model_parallel_size
         layout = Layout(pp=pp, dp=max(1, world // (pp * tp)), tp=tp)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from launcher.hardware import Device, Hardware
-from launcher.plan import Plan
+from launcher.plan import Demand, Plan
 from launcher.planner import plan_generation, plan_settings, plan_training
 from megatron_lite.config.load import load_config
 from megatron_lite.errors import FitError, LayoutError
@@ -30,7 +30,7 @@ def cores(count: int, memory: float = 24) -> Hardware:
 
 
 def plan(name: str, hardware: Hardware, prompts: int | None = None, **overrides: str) -> Plan:
-    return plan_generation(load_config([Path(f"configs/{name}.yml")], overrides), hardware, TOKENS, prompts=prompts)
+    return plan_generation(load_config([Path(f"configs/{name}.yml")], overrides), hardware, TOKENS, demand=Demand(prompts, 2048) if prompts else None)
 
 
 def refusal(name: str, hardware: Hardware, **overrides: str) -> str:

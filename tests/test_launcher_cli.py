@@ -162,8 +162,8 @@ def test_a_dry_run_shows_layout_and_memory_in_a_table(folder: Path) -> None:
         "pipe 2 x model 2 on 4 GPUs (NVIDIA A100-SXM4-40GB); what every process of a stage takes:",
         "stage  ranks  layers                          weights  KV cache  activations  process   total     free\n"
         "-----  -----  ------------------------------  -------  --------  -----------  -------  ------  -------\n"
-        "0      0-1    00 embedding, 02-31 blocks        25 MB      4 MB         1 MB   1.1 GB  1.1 GB  40.0 GB\n"
-        "1      2-3    32-61 blocks, 63 norm, 64 head    25 MB      4 MB         1 MB   1.1 GB  1.1 GB  40.0 GB",
+        "0      0-1    00 embedding, 02-31 blocks        25 MB      2 MB         1 MB   1.1 GB  1.1 GB  40.0 GB\n"
+        "1      2-3    32-61 blocks, 63 norm, 64 head    25 MB      2 MB         1 MB   1.1 GB  1.1 GB  40.0 GB",
     ]
 
 
@@ -194,3 +194,15 @@ def test_deepy_runs_a_script_on_every_process(folder: Path) -> None:
     assert ended.stdout == "rank 0 small.yml top_k=3 pipe_parallel_size=1 model_parallel_size=2\n"
     assert ended.stderr == f"pipe 1 x model 2 on 2 CPU processes; logs in logs/{logs.name}\n"
     assert (logs / "rank1.log").read_text() == "rank 1 small.yml top_k=3 pipe_parallel_size=1 model_parallel_size=2\n"
+
+
+def test_a_dry_run_shows_the_numbers_of_what_does_not_fit(folder: Path) -> None:
+    run = settled("generate small num_layers=60 hidden_size=8192 num_attention_heads=64 load=nowhere --dry-run", gpus(1))
+    assert run.plan.stages[0].weights > 40e9
+    assert any("no layout fits on what is here" in str(problem) for problem in run.problems)
+
+
+def test_memory_is_reckoned_for_the_prompts_that_are_there(folder: Path) -> None:
+    Path("long.txt").write_text("word " * 20 + "\nshort\n")
+    run = settled("generate small -i long.txt maximum_tokens=7 load=nowhere --dry-run", gpus(1))
+    assert (run.plan.rows, run.plan.context) == (2, 21 + 7 + 1)  # "word" and " word" are different tokens: w-ord, then one each

@@ -267,6 +267,23 @@ class RunConfig:
         """Who set a key: "configs/20B.yml line 12", "command line" or "default"."""
         return self.origins.get(key.replace("-", "_"), "default")
 
+    @property
+    def generation_mode(self) -> str:
+        """text_gen_type, or what NeoX derives where it is silent. A file of prompts that the command line names (-i) is meant, whatever the YAML says."""
+        settings = self.generation
+        meant = self.where("sample_input_file") == "command line" and self.where("text_gen_type") != "command line"
+        if settings.sample_input_file and (meant or settings.text_gen_type is None):
+            return "input-file"
+        return settings.text_gen_type or "unconditional"
+
+    @property
+    def generation_output(self) -> Path | None:
+        """The file that generation writes to, if it writes to one."""
+        settings = self.generation
+        if self.generation_mode == "interactive":
+            return None
+        return settings.sample_output_file or Path(f"{settings.sample_input_file or 'samples'}.output.jsonl")
+
 
 SECTIONS: dict[str, type[Section]] = {
     "model": ModelSection,

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 
-from megatron_lite.config.sections import GenerationSection, RunConfig
+from megatron_lite.config.sections import RunConfig
 from megatron_lite.data.jsonl import RecordWriter, check_writable
 from megatron_lite.data.prompts import Prompt, read_prompts
 from megatron_lite.errors import ConfigError, DataError
@@ -30,29 +30,14 @@ def generate(run: Run) -> None:
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character does not end the run
-    settings, mode = run.config.generation, generation_mode(run.config)
-    sampling = default_sampling(run.config)
-    if mode == "interactive":
+    sampling, output = default_sampling(run.config), run.config.generation_output
+    if output is None:
         converse(run, sampling, lambda: _decoder(run))
         return
-    output = output_file(settings)
     if run.mesh.is_writer:
-        check_writable(output, source=settings.sample_input_file)
-    requests = read_requests(run, mode, sampling)
+        check_writable(output, source=run.config.generation.sample_input_file)
+    requests = read_requests(run, run.config.generation_mode, sampling)
     _write_all(run, _decoder(run), requests, output)
-
-
-def generation_mode(config: RunConfig) -> str:
-    """text_gen_type, or what NeoX derives where it is silent. A file of prompts that the command line names (-i) is meant, whatever the YAML says."""
-    settings = config.generation
-    meant = config.where("sample_input_file") == "command line" and config.where("text_gen_type") != "command line"
-    if settings.sample_input_file and (meant or settings.text_gen_type is None):
-        return "input-file"
-    return settings.text_gen_type or "unconditional"
-
-
-def output_file(settings: GenerationSection) -> Path:
-    return settings.sample_output_file or Path(f"{settings.sample_input_file or 'samples'}.output.jsonl")
 
 
 def default_sampling(config: RunConfig) -> Sampling:

@@ -8,6 +8,9 @@ from megatron_lite.config.sections import ModelSection
 Activation = Literal["gelu", "gelu_tanh"]
 DType = Literal["float16", "bfloat16", "float32"]
 
+DTYPES: dict[str, DType] = {"fp16": "float16", "bfloat16": "bfloat16", "fp32": "float32"}
+"""NeoX's words for number formats -> torch's."""
+
 BYTES: dict[DType, int] = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 

@@ -65,10 +65,3 @@ def layouts_up_to(devices: int, *, heads: int, layers: int) -> Iterator[Layout]:
     sizes = [(pp, tp) for tp in range(1, devices + 1) if heads % tp == 0 for pp in range(1, devices // tp + 1) if pp <= layers]
     for pp, tp in sorted(sizes, key=lambda cut: (-cut[0] * cut[1], -cut[1])):
         yield Layout(pp=pp, tp=tp)
-
-
-def fit_layout(asked: Layout, devices: int, *, heads: int, layers: int) -> Layout:
-    """The layout that was asked for if there are devices enough, else the largest and most tensor-parallel one that fits them."""
-    if asked.pp * asked.tp <= devices:
-        return asked
-    return next(layouts_up_to(devices, heads=heads, layers=layers))
