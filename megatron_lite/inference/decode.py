@@ -159,9 +159,16 @@ class Decoder:
             return
         row.tokens.append(token)
         if stops := row.request.sampling.stop:
-            window = max(len(stop.encode()) for stop in stops) + 8  # a token is at least a byte; characters may straddle the window's edge
-            if any(stop in self.tokenizer.decode(row.tokens[-window:]) for stop in stops):
+            end = self._end(row.tokens, max(map(len, stops)) + len(self.tokenizer.decode([token])))
+            if any(stop in end for stop in stops):
                 self._cut(row, stops)
+
+    def _end(self, tokens: list[int], characters: int) -> str:
+        """The end of a text, at least so many characters of it if it has them; a token may be part of a character, or have no text at all."""
+        size = characters + 8
+        while len(text := self.tokenizer.decode(tokens[-size:])) < characters + 3 and size < len(tokens):  # the first 3 may be pieces of one
+            size *= 2
+        return text
 
     def _cut(self, row: Row, stops: tuple[str, ...]) -> None:
         """Ends the row before the first stop string."""

@@ -118,4 +118,4 @@ def in_order(completions: Iterator[Completion]) -> Iterator[Completion]:
 
 
 def _shown(completion: Completion) -> str:
-    return f"\n[{completion.request.id + 1}] {completion.request.text}▏{completion.text or completion.message}"
+    return f"\n[{completion.request.id + 1}] {completion.request.text}▏{completion.text or completion.message or ''}"
