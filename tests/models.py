@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,27 +89,27 @@ def in_transformers(layout: CheckpointLayout, spec: ModelSpec) -> nn.Module:
     """
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-    config = GPTNeoXConfig(
-        vocab_size=spec.vocab,
-        hidden_size=spec.hidden,
-        num_hidden_layers=spec.layers,
-        num_attention_heads=spec.heads,
-        intermediate_size=spec.ffn,
-        max_position_embeddings=spec.max_positions,
-        rotary_pct=spec.rotary_dim / spec.head_dim,
-        rotary_emb_base=spec.rotary_base,
-        layer_norm_eps=spec.norm_eps,
-        hidden_act="gelu_new" if spec.activation == "gelu_tanh" else "gelu",
-        use_parallel_residual=spec.parallel_residual,
-        tie_word_embeddings=False,
-        attn_implementation="eager",
-    )
-    model = GPTNeoXForCausalLM(config).eval()
+    settings: dict[str, Any] = {
+        "vocab_size": spec.vocab,
+        "hidden_size": spec.hidden,
+        "num_hidden_layers": spec.layers,
+        "num_attention_heads": spec.heads,
+        "intermediate_size": spec.ffn,
+        "max_position_embeddings": spec.max_positions,
+        "rotary_pct": spec.rotary_dim / spec.head_dim,
+        "rotary_emb_base": spec.rotary_base,
+        "layer_norm_eps": spec.norm_eps,
+        "hidden_act": "gelu_new" if spec.activation == "gelu_tanh" else "gelu",
+        "use_parallel_residual": spec.parallel_residual,
+        "tie_word_embeddings": False,
+        "attn_implementation": "eager",
+    }
+    model = GPTNeoXForCausalLM(GPTNeoXConfig(**settings)).eval()
     head = nn.Linear(spec.hidden, spec.vocab)  # with a bias, for the shifts of the ranks' final norms
     model.lm_head = head
     files = {number: [torch.load(layout.layer_file(number, part)) for part in range(layout.tp)] for number in layout.numbers}
     with torch.no_grad():
-        model.gpt_neox.embed_in.weight.copy_(_joined(files[0], "word_embeddings.weight"))
+        model.get_parameter("gpt_neox.embed_in.weight").copy_(_joined(files[0], "word_embeddings.weight"))
         for number, block in enumerate(model.gpt_neox.layers, start=2):
             parts = files[number]
             for norm, columns in (("input_layernorm", "attention.query_key_value"), ("post_attention_layernorm", "mlp.dense_h_to_4h")):
@@ -116,9 +117,9 @@ def in_transformers(layout: CheckpointLayout, spec: ModelSpec) -> nn.Module:
                 _fold(parts, norm, [part[f"{columns}.weight"] for part in parts], [part[f"{columns}.bias"] for part in parts], block.get_submodule(columns))
             for rows in ("attention.dense", "mlp.dense_4h_to_h"):
                 linear = block.get_submodule(rows)
-                linear.weight.copy_(_joined(parts, f"{rows}.weight", dim=1))
+                linear.get_parameter("weight").copy_(_joined(parts, f"{rows}.weight", dim=1))
                 biases = [part[f"{rows}.bias"] for part in parts]
-                linear.bias.copy_(sum(biases) if spec.parallel_residual else biases[0])
+                linear.get_parameter("bias").copy_(torch.stack(biases).sum(0) if spec.parallel_residual else biases[0])
         _neutral(model.gpt_neox.final_layer_norm)
         weights = files[0] if spec.tied_head else files[spec.head_number]
         name = "word_embeddings.weight" if spec.tied_head else "final_linear.weight"

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from megatron_lite.models.spec import ModelSpec
 from megatron_lite.parallel.layout import Layout
+from megatron_lite.parallel.mesh import Mesh
 from tests.models import SMALL, in_transformers, load, logits, write_random
 from tests.worlds import in_world
 
@@ -50,7 +52,7 @@ def test_every_layout_agrees_with_transformers_from_files_of_every_cut(layout: L
 def test_the_same_cut_holds_the_bits_of_the_files(tmp_path: Path) -> None:
     layout = write_random(tmp_path, SMALL, tp=2)
 
-    def held(mesh):  # noqa: ANN001, ANN202
+    def held(mesh: Mesh) -> dict[int, dict[str, Tensor]]:
         return {number: dict(layer.state_dict()) for number, layer in load(layout, SMALL, mesh).layers.items()}
 
     for part, layers in enumerate(in_world(Layout(tp=2), held)):

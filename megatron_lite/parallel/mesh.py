@@ -4,11 +4,11 @@ Every operation is the identity at size 1, so the same model runs without torch.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Iterator, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -155,7 +155,7 @@ def build_mesh(layout: Layout, *, rank: int, device: torch.device) -> Mesh:
             place = dict(zip(here, layout.coordinates(other), strict=True))
             lines.setdefault(tuple(at for axis, at in place.items() if axis != name), []).append(other)
         for line in lines.values():  # new_group is collective: every rank makes every group, in the same order
-            group = dist.new_group(line) if len(line) > 1 else None
+            group = cast(dist.ProcessGroup, dist.new_group(line)) if len(line) > 1 else None
             if rank in line:
                 axes[name] = Axis(name, line.index(rank), tuple(line), group)
     return Mesh(layout, rank, device, axes["pp"], axes["dp"], axes["tp"])
