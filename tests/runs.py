@@ -1,6 +1,7 @@
 """Small runs as generate.py finds them: a configuration file beside a checkpoint, and NeoX's byte tokenizer, whose 512 entries are padded to 520 rows."""
 
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -14,6 +15,7 @@ from megatron_lite.checkpoint.write import name_latest, step_folder, write_layer
 from megatron_lite.data.tokenizer import CharLevelTokenizer
 from megatron_lite.inference.decode import Decoder
 from megatron_lite.inference.request import Completion, Request, Sampling
+from megatron_lite.log import logger
 from megatron_lite.models.neox import ARCHITECTURE
 from megatron_lite.models.spec import ModelSpec
 from megatron_lite.parallel.mesh import Axis
@@ -108,6 +110,27 @@ def kept(completion: Completion) -> Tensor:
     """The logits of a completion [tokens vocab]."""
     assert completion.logits is not None
     return torch.tensor(completion.logits)
+
+
+class Lines(logging.Handler):
+    """What is logged while it is in use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append(record.getMessage())
+
+    def __enter__(self) -> list[str]:
+        logger.addHandler(self)
+        self.level_before = logger.level
+        logger.setLevel(logging.INFO)
+        return self.said
+
+    def __exit__(self, *_: object) -> None:
+        logger.removeHandler(self)
+        logger.setLevel(self.level_before)
 
 
 def records(path: Path) -> list[Record]:
