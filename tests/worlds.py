@@ -20,8 +20,11 @@ T = TypeVar("T")
 
 def in_world(layout: Layout, function: Callable[[Mesh], T]) -> list[T]:
     """What `function(mesh)` returns on every rank of the layout, in rank order. Results travel by pickle."""
-    if layout.size == 1:
-        return [function(single_mesh())]
+    return [function(single_mesh())] if layout.size == 1 else forked(layout, function)
+
+
+def forked(layout: Layout, function: Callable[[Mesh], T]) -> list[T]:
+    """The same, in processes of their own also where it is only one: what it leaves behind goes with it."""
     context = get_context("fork")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a forked child cannot use its parent's thread pool

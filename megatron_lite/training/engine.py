@@ -1,0 +1,158 @@
+"""DeepSpeed behind one small interface: a step, a validation. One stage runs its engine with ZeRO 1 to 3, several its pipeline engine with ZeRO 1."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_lite.data.batches import TokenBatch
+from megatron_lite.parallel.cross_entropy import cross_entropy, mean_loss
+from megatron_lite.parallel.mesh import Axis, Mesh
+from megatron_lite.training.optimizer import build_optimizer, parameter_groups, set_rate
+from megatron_lite.training.recipe import Recipe
+from megatron_lite.training.stage import TrainedStage
+from megatron_lite.training.world import Cut, join_world, quiet
+
+
+@dataclass(frozen=True)
+class Step:
+    """What became of a step, the same on every rank. A step whose gradients are not finite is not applied."""
+
+    loss: float
+    gradient_norm: float
+    applied: bool
+    loss_scale: float
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The loss of a micro batch, from this rank's logits. Rows of the vocabulary from `words` on are no words."""
+
+    words: int
+    tp: Axis
+
+    def __call__(self, logits: Tensor, wanted: tuple[Tensor, Tensor]) -> Tensor:
+        labels, learned = wanted
+        losses = cross_entropy(logits.flatten(0, -2), labels.flatten(), words=self.words, tp=self.tp)
+        return mean_loss(losses, learned.flatten())
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What an engine is made of."""
+
+    stage: TrainedStage
+    mesh: Mesh
+    recipe: Recipe
+    optimizer: torch.optim.Optimizer
+    loss: Loss
+
+
+class Engine(ABC):
+    """A stage in training. `batches` are micro batches of this rank's replica; all ranks call together."""
+
+    def __init__(self, parts: Parts, deepspeed: Any) -> None:
+        self.stage, self.mesh, self.recipe, self.optimizer, self.loss = parts.stage, parts.mesh, parts.recipe, parts.optimizer, parts.loss
+        self.deepspeed = deepspeed
+
+    def step(self, batches: Iterator[TokenBatch], *, rate: float) -> Step:
+        """Takes a step's micro batches and moves the weights."""
+        set_rate(self.optimizer, rate)
+        loss = self._forward_and_back(batches)
+        norm = float(self.deepspeed.get_global_grad_norm() or 0.0)
+        return Step(loss, norm, not self.deepspeed.optimizer.overflow, self.loss_scale)
+
+    @property
+    def loss_scale(self) -> float:
+        return float(self.deepspeed.optimizer.loss_scale) if self.recipe.dtype == torch.float16 else 1.0
+
+    @abstractmethod
+    def _forward_and_back(self, batches: Iterator[TokenBatch]) -> float: ...
+
+    @abstractmethod
+    def validate(self, batches: Iterator[TokenBatch], count: int) -> float:
+        """The mean loss of so many micro batches in every replica."""
+
+    def _mean_over_replicas(self, loss: Tensor) -> float:
+        return float(self.mesh.dp.sum(loss.float())) / self.mesh.dp.size
+
+
+class PlainEngine(Engine):
+    """All layers in this process."""
+
+    def _forward_and_back(self, batches: Iterator[TokenBatch]) -> float:
+        total = torch.zeros((), device=self.mesh.device)
+        self.deepspeed.train()
+        for _ in range(self.recipe.batching.accumulation):
+            loss = self._loss(next(batches))
+            self.deepspeed.backward(loss)
+            self.deepspeed.step()
+            total += loss.detach()
+        return self._mean_over_replicas(total / self.recipe.batching.accumulation)
+
+    @torch.no_grad()
+    def validate(self, batches: Iterator[TokenBatch], count: int) -> float:
+        self.deepspeed.eval()
+        total = torch.stack([self._loss(next(batches)) for _ in range(count)]).mean()
+        return self._mean_over_replicas(total)
+
+    def _loss(self, batch: TokenBatch) -> Tensor:
+        batch = batch.to(self.mesh.device)
+        return self.loss(self.deepspeed(batch.tokens), (batch.labels, batch.loss_mask))
+
+
+class PipelineEngine(Engine):
+    """One stage of several."""
+
+    def _forward_and_back(self, batches: Iterator[TokenBatch]) -> float:
+        return float(self.deepspeed.train_batch(_as_pairs(batches)))
+
+    def validate(self, batches: Iterator[TokenBatch], count: int) -> float:
+        return float(self.deepspeed.eval_batch(_as_pairs(batches), num_micro_batches=count))
+
+
+def _as_pairs(batches: Iterator[TokenBatch]) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor]]]:
+    for batch in batches:
+        yield batch.tokens, (batch.labels, batch.loss_mask)
+
+
+def start_engine(stage: TrainedStage, mesh: Mesh, recipe: Recipe, *, words: int, tied_head: int | None) -> Engine:
+    """The engine for this rank's stage, whose layers hold their initial weights. Every rank calls this."""
+    join_world(mesh)
+    optimizer = build_optimizer(recipe.optimizer, parameter_groups(stage, recipe.optimizer.weight_decay), rate=recipe.schedule.peak)
+    parts = Parts(stage, mesh, recipe, optimizer, Loss(words, mesh.tp))
+    with quiet():
+        import deepspeed
+
+        if mesh.pp.size == 1:
+            started, *_ = deepspeed.initialize(model=stage, optimizer=optimizer, config=settings(recipe), mpu=Cut(mesh))
+            return PlainEngine(parts, started)
+        from megatron_lite.training.pipeline import pipeline_of
+
+        module = pipeline_of(stage, mesh.layout, mesh.pp, parts.loss, tied_head=tied_head)
+        started, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings(recipe))
+        return PipelineEngine(parts, started)
+
+
+def settings(recipe: Recipe) -> dict[str, object]:
+    """DeepSpeed's configuration."""
+    batching = recipe.batching
+    formats: dict[str, object] = {}
+    if recipe.dtype == torch.bfloat16:
+        formats = {"bf16": {"enabled": True, "check_grad_overflow": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    elif recipe.dtype == torch.float16:
+        formats = {"fp16": {**recipe.loss_scale, "enabled": True}}
+    return {
+        **formats,
+        "train_micro_batch_size_per_gpu": batching.micro,
+        "gradient_accumulation_steps": batching.accumulation,
+        "gradient_clipping": recipe.clipping,
+        "zero_optimization": dict(recipe.zero),
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+        **recipe.extra,
+    }

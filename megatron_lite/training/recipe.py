@@ -1,0 +1,168 @@
+"""What the settings say about a training, in numbers: batches, precision, optimizer and schedule. Checked before anything is built."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+
+from megatron_lite.config.sections import RunConfig
+from megatron_lite.errors import ConfigError
+from megatron_lite.log import logger
+from megatron_lite.parallel.layout import Layout
+from megatron_lite.training.schedule import Schedule, schedule_of
+
+OptimizerKind = Literal["adam", "lion", "sgd"]
+OPTIMIZERS: dict[str, OptimizerKind] = {
+    **dict.fromkeys(("adam", "adamw", "fusedadam", "cpu_adam", "cpu_torch_adam"), "adam"),
+    "lion": "lion",
+    "sgd": "sgd",
+}
+DTYPES = {"fp16": torch.float16, "bfloat16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Batching:
+    """Sequences of a step: `micro` at once in a process, `accumulation` times, in `replicas` processes."""
+
+    micro: int
+    accumulation: int
+    replicas: int
+
+    @property
+    def samples(self) -> int:
+        return self.micro * self.accumulation * self.replicas
+
+
+@dataclass(frozen=True)
+class OptimizerRecipe:
+    kind: OptimizerKind
+    betas: tuple[float, float]
+    eps: float
+    momentum: float
+    weight_decay: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A training, as it will run. `recompute` counts the blocks whose activations are computed again together; 0 keeps all. `zero` and `extra` are
+    DeepSpeed's."""
+
+    batching: Batching
+    steps: int
+    schedule: Schedule
+    optimizer: OptimizerRecipe
+    dtype: torch.dtype
+    clipping: float
+    recompute: int
+    seed: int
+    zero: Mapping[str, object]
+    loss_scale: Mapping[str, object]
+    extra: Mapping[str, object]
+
+    @property
+    def zero_stage(self) -> int:
+        return cast(int, self.zero["stage"])
+
+
+def recipe_of(config: RunConfig, layout: Layout, *, steps: int, device: str) -> Recipe:
+    """The recipe for training on this layout. Raises ConfigError for what is missing, contradictory or not built."""
+    training = config.training
+    optimizer, peak = optimizer_of(config)
+    for key in ("hidden_dropout", "attention_dropout"):
+        if getattr(config.model, key):
+            raise ConfigError(f"{key} is {getattr(config.model, key)} ({config.where(key)}), but dropout is not built; set it to 0")
+    return Recipe(
+        batching=batching_of(config, layout.dp),
+        steps=steps,
+        schedule=schedule_of(training, peak=peak, steps=steps),
+        optimizer=optimizer,
+        dtype=_dtype(config, device),
+        clipping=training.gradient_clipping,
+        recompute=training.checkpoint_num_layers if training.checkpoint_activations else 0,
+        seed=training.seed,
+        zero=_zero(config, layout),
+        loss_scale=_mapping(config, "fp16"),
+        extra=_extra(config),
+    )
+
+
+def batching_of(config: RunConfig, replicas: int) -> Batching:
+    """train_batch_size = train_micro_batch_size_per_gpu x gradient_accumulation_steps x data-parallel size, from whichever of them are set."""
+    training = config.training
+    total, micro = training.train_batch_size, training.train_micro_batch_size_per_gpu
+    accumulation = training.gradient_accumulation_steps
+    if total is None and micro is None:
+        raise ConfigError("neither train_batch_size nor train_micro_batch_size_per_gpu is set; set one, for instance train_micro_batch_size_per_gpu: 4")
+    if total is None:
+        return Batching(cast(int, micro), accumulation, replicas)
+    if micro is None:
+        micro = total // (accumulation * replicas)
+    elif config.where("gradient_accumulation_steps") == "default":
+        accumulation = total // (micro * replicas)
+    if micro * accumulation * replicas != total:
+        raise ConfigError(
+            f"train_batch_size {total} ({config.where('train_batch_size')}) is not train_micro_batch_size_per_gpu {micro} x gradient_accumulation_steps "
+            f"{accumulation} x {replicas} data-parallel processes = {micro * accumulation * replicas}; change one of them or leave it out"
+        )
+    return Batching(micro, accumulation, replicas)
+
+
+def optimizer_of(config: RunConfig) -> tuple[OptimizerRecipe, float]:
+    """The optimizer that NeoX's key `optimizer` describes, and its learning rate."""
+    stated = _mapping(config, "optimizer")
+    where = config.where("optimizer")
+    name = str(stated.get("type", "Adam"))
+    kind = OPTIMIZERS.get(name.lower())
+    if kind is None:
+        raise ConfigError(f"optimizer type {name} ({where}) is not built; use Adam, Lion or SGD")
+    params = stated.get("params", {})
+    if not isinstance(params, Mapping) or not isinstance(params.get("lr"), int | float):
+        raise ConfigError(f"the optimizer's learning rate is not set ({where}); write optimizer: {{type: Adam, params: {{lr: 1.0e-5}}}}")
+    known = {"lr", "betas", "eps", "momentum", "weight_decay"}
+    if strange := sorted(map(str, params.keys() - known)):
+        raise ConfigError(f"optimizer params {', '.join(strange)} ({where}) are not known; known are {', '.join(sorted(known))}")
+    betas = params.get("betas", (0.9, 0.99) if kind == "lion" else (0.9, 0.999))
+    decay = float(params.get("weight_decay", config.training.weight_decay))
+    recipe = OptimizerRecipe(kind, (float(betas[0]), float(betas[1])), float(params.get("eps", 1e-8)), float(params.get("momentum", 0.0)), decay)
+    return recipe, float(params["lr"])
+
+
+def _dtype(config: RunConfig, device: str) -> torch.dtype:
+    if config.precision == "fp16" and device == "cpu":
+        logger.info("fp16 cannot be trained on CPUs: training in fp32")
+        return torch.float32
+    return DTYPES[config.precision]
+
+
+def _zero(config: RunConfig, layout: Layout) -> dict[str, object]:
+    """DeepSpeed's ZeRO settings. Stage 0 runs as stage 1: the same sums, masters in fp32, and a gradient norm that counts every stage of a pipeline."""
+    stated = dict(_mapping(config, "zero_optimization"))
+    stage = stated.get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise ConfigError(f"zero_optimization has stage {stage} ({config.where('zero_optimization')}); stages are 0, 1, 2 and 3")
+    if layout.pp > 1 and stage in (2, 3):
+        raise ConfigError(
+            f"zero_optimization has stage {stage} ({config.where('zero_optimization')}), and pipe-parallel-size is {layout.pp}; "
+            "DeepSpeed's pipeline works with stages 0 and 1: set stage 1, or pipe-parallel-size 1"
+        )
+    return {**stated, "stage": max(1, cast(int, stage))}
+
+
+def _mapping(config: RunConfig, key: str) -> Mapping[str, object]:
+    value = config.deepspeed.get(key) or {}
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{key} is {value!r} ({config.where(key)}); a mapping is needed")
+    return value
+
+
+OURS = {"optimizer", "scheduler", "fp16", "bf16", "zero_optimization", "steps_per_print", "deepspeed_extra_args", "activation_checkpointing"}
+"""DeepSpeed's keys that are decided here, in one way or another."""
+
+
+def _extra(config: RunConfig) -> dict[str, object]:
+    """What is handed to DeepSpeed unread."""
+    if config.deepspeed.get("scheduler"):
+        raise ConfigError(f"scheduler ({config.where('scheduler')}) is not built; use lr_decay_style, warmup, lr_decay_iters and min_lr")
+    unread = {key: value for key, value in config.deepspeed.items() if key not in OURS and value is not None}
+    return {**unread, **_mapping(config, "deepspeed_extra_args")}
