@@ -11,6 +11,7 @@ from megatron_lite.checkpoint.config_json import stated_activation
 from megatron_lite.checkpoint.find import CheckpointLayout, check_numbers
 from megatron_lite.checkpoint.huggingface import HuggingFaceFolder
 from megatron_lite.checkpoint.neox import LayerFiles
+from megatron_lite.checkpoint.reader import Mapping, Range, Reader, mappings, range_of
 from megatron_lite.checkpoint.sequential import RankFiles
 from megatron_lite.checkpoint.source import Shards, Source
 from megatron_lite.errors import CheckpointError
@@ -18,7 +19,7 @@ from megatron_lite.models.architecture import Architecture, LayerPlan
 from megatron_lite.models.spec import ModelSpec
 from megatron_lite.parallel.layout import stage_numbers
 from megatron_lite.parallel.mesh import Axis
-from megatron_lite.parallel.shards import Rule, take
+from megatron_lite.parallel.shards import Rule, Split, take
 
 Progress = Callable[[int], object]
 """Called with the number of bytes that have arrived."""
@@ -53,17 +54,18 @@ def load_layers(
 ) -> dict[int, nn.Module]:
     """The plan's layers with these numbers, filled from the source. Raises CheckpointError for a missing, surplus or misshapen tensor."""
     layers: dict[int, nn.Module] = {}
-    for number in numbers:
-        with torch.device("meta"):
-            layer = plan[number]().to(dtype).requires_grad_(False)
-        tied = _tied_weight(layers, number, layer)
-        if tied is not None:
-            layer.get_submodule("word_embeddings").weight = tied
-        else:
-            _allocate(layer, device)
-            with torch.no_grad():
-                fill(layer, number, source, tp, progress)
-        layers[number] = layer.eval()
+    with Reader(device) as reader:
+        for number in numbers:
+            with torch.device("meta"):
+                layer = plan[number]().to(dtype).requires_grad_(False)
+            tied = _tied_weight(layers, number, layer)
+            if tied is not None:
+                layer.get_submodule("word_embeddings").weight = tied
+            else:
+                _allocate(layer, device)
+                fill(layer, number, source, tp, reader, progress)
+            layers[number] = layer.eval()
+        reader.wait()
     return layers
 
 
@@ -75,11 +77,12 @@ def _allocate(layer: nn.Module, device: torch.device) -> None:
             module.register_parameter(name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
 
 
-def fill(layer: nn.Module, number: int, source: Source, tp: Axis, progress: Progress) -> None:
-    """Copies into each parameter of the layer what this rank's place in the cut asks for."""
+@torch.no_grad()
+def fill(layer: nn.Module, number: int, source: Source, tp: Axis, reader: Reader, progress: Progress) -> None:
+    """Fills each parameter of the layer with what this rank's place in the cut asks for; what is large has arrived when the reader says so."""
     stored_number = 0 if number and hasattr(layer, "word_embeddings") else number  # a tied head lies in the embedding's file
     shards = source.shards(stored_number)
-    wanted = dict(layer.named_parameters())
+    wanted, mapped = dict(layer.named_parameters()), mappings()
     if surplus := sorted(shards.keys() - wanted.keys()):
         raise CheckpointError(
             f"{source.place(stored_number)} holds {', '.join(surplus[:3])}, which layer {number} of this model does not have; is it of another architecture?"
@@ -89,8 +92,25 @@ def fill(layer: nn.Module, number: int, source: Source, tp: Axis, progress: Prog
         rule = cast(dict[str, Rule], layer.get_submodule(module_name).rules)[name]
         stored = _stored(shards, path, source, stored_number)
         _check_shape(rule, stored, parameter, tp.size, f"{source.place(stored_number)}: {path}")
-        _hold(layer.get_submodule(module_name), name, take(rule, stored, tp.index, tp.size))
-        progress(parameter.nbytes)
+        if not _fetch(rule, stored, parameter, tp, reader, mapped, progress):
+            _hold(layer.get_submodule(module_name), name, take(rule, stored, tp.index, tp.size))
+            progress(parameter.nbytes)
+
+
+def _fetch(rule: Rule, stored: list[Tensor], parameter: Tensor, tp: Axis, reader: Reader, mapped: list[Mapping], progress: Progress) -> bool:
+    """Has the reader fill a cut matrix from its files, piece by piece; False where the plain way has to do it."""
+    if not isinstance(rule, Split) or parameter.dim() != 2:
+        return False
+    pieces = rule.pieces(stored, tp.index, tp.size)
+    ranges = [range_of(piece, mapped) for piece in pieces]
+    if not all(ranges) or sum(piece.shape[rule.dim] for piece in pieces) != parameter.shape[rule.dim]:
+        return False
+    start = 0
+    for piece, place in zip(pieces, ranges, strict=True):
+        length = piece.shape[rule.dim]
+        reader.fetch(cast(Range, place), parameter.narrow(rule.dim, start, length), progress)
+        start += length
+    return True
 
 
 def _hold(module: nn.Module, name: str, found: Tensor) -> None:

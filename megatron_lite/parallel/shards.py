@@ -52,15 +52,21 @@ class Split:
         return tuple(n * count if dim == self.dim else n for dim, n in enumerate(shard))
 
     def take(self, shards: Sequence[Tensor], index: int, size: int) -> Tensor:
+        pieces = self.pieces(shards, index, size)
+        missing = self._length(shards, size) - sum(piece.shape[self.dim] for piece in pieces)
+        if missing:
+            pieces.append(shards[0].new_zeros([missing if dim == self.dim else n for dim, n in enumerate(shards[0].shape)]))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, self.dim)
+
+    def pieces(self, shards: Sequence[Tensor], index: int, size: int) -> list[Tensor]:
+        """The parts of shards that make up what rank `index` of `size` holds, in order along `dim`; padding is not among them."""
+        length = self._length(shards, size)
+        return _between(shards, self.dim, index * length, (index + 1) * length)
+
+    def _length(self, shards: Sequence[Tensor], size: int) -> int:
         total = sum(shard.shape[self.dim] for shard in shards)
         assert self.padded or total % size == 0, f"{total} along dim {self.dim} cannot be cut in {size}"
-        length = -(-total // size)
-        piece = _between(shards, self.dim, index * length, (index + 1) * length)
-        missing = length - piece.shape[self.dim]
-        if not missing:
-            return piece
-        zeros = piece.new_zeros([missing if dim == self.dim else n for dim, n in enumerate(piece.shape)])
-        return torch.cat([piece, zeros], self.dim)
+        return -(-total // size)
 
 
 @dataclass(frozen=True)
@@ -156,7 +162,7 @@ def _ranks_within(stored: int, index: int, size: int) -> list[int]:
     return [(index * shares + share) * stored // (size * shares) for share in range(shares)]
 
 
-def _between(shards: Sequence[Tensor], dim: int, start: int, stop: int) -> Tensor:
+def _between(shards: Sequence[Tensor], dim: int, start: int, stop: int) -> list[Tensor]:
     """Elements [start, stop) along `dim` of the shards laid end to end, without touching the others."""
     pieces: list[Tensor] = []
     offset = 0
@@ -166,6 +172,4 @@ def _between(shards: Sequence[Tensor], dim: int, start: int, stop: int) -> Tenso
         if first < last:
             pieces.append(shard.narrow(dim, first, last - first))
         offset += length
-    if not pieces:
-        return shards[0].narrow(dim, 0, 0)
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+    return pieces
