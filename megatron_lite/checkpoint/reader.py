@@ -123,7 +123,7 @@ class Reader:
     def _move(self, source: Range, target: Tensor) -> None:
         buffer = self.buffers.get()
         try:
-            read_fully(source, memoryview(buffer.numpy())[: source.bytes])
+            read_fully(source, buffer.numpy().data[: source.bytes])
             found = buffer[: source.bytes].view(source.dtype)
             if self.device.type == "cuda":
                 self._to_gpu(found, source, target)
