@@ -19,14 +19,14 @@ MAY_IMPORT = {
     "megatron_lite.progress": (),
     "megatron_lite.config": (),
     "megatron_lite.parallel": (),
-    "megatron_lite.metrics": (),
+    "megatron_lite.metrics": ("config",),
     "megatron_lite.data": ("config",),
     "megatron_lite.models": ("config", "parallel"),
     "megatron_lite.checkpoint": ("parallel", "models"),
     "megatron_lite.run": ("config", "parallel", "data", "models", "checkpoint"),
     "megatron_lite.inference": ("run", "config", "parallel", "models", "data"),
     "megatron_lite.training": ("run", "config", "parallel", "models", "checkpoint", "data", "metrics"),
-    "megatron_lite.evaluation": ("run", "inference", "data", "metrics"),
+    "megatron_lite.evaluation": ("run", "config", "parallel", "models", "checkpoint", "inference", "data", "metrics"),
     "launcher": ("config", "parallel.layout", "models.spec", "models.memory", "checkpoint.find", "data.tokenizer", "data.prompts", "data.jsonl"),
 }
 MAY_IMPORT = {part: tuple(f"megatron_lite.{name}" for name in names) for part, names in MAY_IMPORT.items()}
@@ -44,7 +44,7 @@ HOMES = {
     "tiktoken": ("megatron_lite.data",),
     "tokenizers": ("megatron_lite.data", "tools"),
     "wandb": ("megatron_lite.metrics",),
-    "yaml": ("megatron_lite.config",),
+    "yaml": ("megatron_lite.config", "megatron_lite.evaluation"),  # lm-eval describes its tasks in YAML
 }
 
 

@@ -17,7 +17,7 @@ from megatron_lite.inference.score import Score, Scorer
 from megatron_lite.inference.segments import PlainSegments, has_flash, segmented
 from megatron_lite.models.spec import ModelSpec
 from megatron_lite.parallel.layout import Layout
-from megatron_lite.parallel.loss import word_scores
+from megatron_lite.parallel.probability import word_scores
 from megatron_lite.parallel.mesh import Axis
 from tests.models import SMALL, in_transformers, load, write_random
 from tests.worlds import in_world

@@ -191,11 +191,14 @@ class EvaluationSection(Section):
 
     eval_tasks: Texts | None = Field(None, description="tasks of the evaluation harness, wildcards allowed (--eval_tasks)")
     eval_results_prefix: str = Field("", description="begins the name of the result file")
-    num_fewshot: Size = Field(0, description="(ours) solved examples before every question")
+    num_fewshot: Size | None = Field(None, description="(ours) solved examples before every question; null is what the task says, 0 where it is silent")
     limit: Count | None = Field(None, description="(ours) documents per task; null is all of them")
     include_path: Path | None = Field(None, description="(ours) folder of further task definitions")
     log_samples: bool = Field(False, description="(ours) write every question with its answer")
-    eval_data_dir: Path | None = Field(None, description="(ours) folder of task data, for machines without internet")
+    eval_data_dir: Path | None = Field(None, description="(ours) folder of task data, such as lambada/lambada_test.jsonl in it; null is data")
+    eval_cache_dir: Path | None = Field(None, description="(ours) folder of answers that are used again with the same weights; null keeps none")
+    eval_batch_tokens: Count | None = Field(None, description="(ours) tokens that are scored at once; null is what suits the device")
+    bootstrap_iters: Size = Field(1000, description="(ours) draws to estimate errors that have no formula, such as the perplexity's")
 
 
 class TrainingSection(Section):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_lite.data.download import RemoteFile, sha256_of
+from megatron_lite.data.hub import endpoint, is_cached, is_reachable
 from megatron_lite.data.jsonl import read_records
 from megatron_lite.errors import DataError
 from megatron_lite.log import logger
@@ -71,12 +72,26 @@ def data_folder(eval_data_dir: Path | None) -> Path:
     return eval_data_dir or FOLDER
 
 
+def task_names(names: Sequence[str]) -> list[str]:
+    """Names as lm-eval knows them, each once."""
+    return list(dict.fromkeys(OTHER_NAMES.get(name, name) for name in names))
+
+
 def is_here(data: TaskData, folder: Path) -> bool:
     """Whether every file of the task is in the folder; raises DataError where only some of them are."""
     missing = [folder / file.name for file in data.files if not (folder / file.name).is_file()]
     if missing and len(missing) < len(data.files):
         raise DataError(f"the data of {data.task} is incomplete: there is no {missing[0]}; {how_to_get(data, folder)}")
     return not missing
+
+
+def require(data: TaskData, folder: Path) -> bool:
+    """Whether the task's data is in the folder. Where it is not, lm-eval has to fetch it: raises DataError if that cannot succeed."""
+    if is_here(data, folder):
+        return True
+    if not is_reachable() and not is_cached(data.hub):
+        raise DataError(f"there is no {folder / data.files[0].name} for the task {data.task}, and {endpoint()} cannot be reached; {how_to_get(data, folder)}")
+    return False
 
 
 def how_to_get(data: TaskData, folder: Path) -> str:

@@ -10,13 +10,13 @@ from megatron_lite.errors import DataError
 from megatron_lite.inference.packing import KEYS_PER_TOKEN, Packed, TokenRequest, deal, inputs_of, pack
 from megatron_lite.inference.segments import segmented, to_device
 from megatron_lite.models.spec import BYTES, ModelSpec
-from megatron_lite.parallel.loss import word_scores
+from megatron_lite.parallel.probability import word_scores
 from megatron_lite.parallel.stage import Stage
 
 Progress = Callable[[float], object]
 """Told how many more requests are answered, about."""
 
-TOKENS_AT_ONCE = {"cuda": 16384, "cpu": 4096}
+TOKENS_AT_ONCE = {"cuda": 16384, "cpu": 2048}
 LOGITS_AT_ONCE = 1 << 26  # 256 MB in fp32
 
 

@@ -65,6 +65,13 @@ class Axis:
         dist.all_gather(parts, x.contiguous(), group=self.group)
         return torch.cat(parts, -1)
 
+    def gather_objects(self, x: T) -> list[T]:
+        """What the ranks hold, in their order. Only for small things."""
+        found: list[T | None] = [x for _ in self.ranks]
+        if self.size > 1:
+            dist.all_gather_object(found, x, group=self.group)
+        return cast(list[T], found)
+
     def share(self, x: Tensor, *, source: int) -> Tensor:
         """What rank `source` of the axis holds, on every rank. x is overwritten elsewhere."""
         if self.size > 1:

@@ -1,0 +1,84 @@
+"""Where numbers go: always to metrics.jsonl, and to Weights & Biases where that is wanted. Training and evaluation know only this interface."""
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from megatron_lite.config.sections import LoggingSection
+from megatron_lite.errors import OutputError
+
+FILE = "metrics.jsonl"
+
+
+class Metrics(Protocol):
+    def log(self, values: Mapping[str, float], *, step: int | None = None) -> None:
+        """Reports numbers by name, such as train/lm_loss or eval/piqa_acc; steps do not go back."""
+        ...
+
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """Reports a table, where there is somebody to look at tables."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """Appends one line for every report: when, at which step, and the numbers."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise OutputError(f"{path} cannot be written: {error.strerror}; set log_dir to a folder that can be written") from None
+
+    def log(self, values: Mapping[str, float], *, step: int | None = None) -> None:
+        at = {} if step is None else {"step": step}
+        self._file.write(json.dumps({"time": round(time.time(), 3), **at, **values}) + "\n")
+        self._file.flush()
+
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """Nothing: a file of numbers is no place for it."""
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Several:
+    """Reports everything to each of its parts."""
+
+    def __init__(self, parts: Sequence[Metrics]) -> None:
+        self.parts = parts
+
+    def log(self, values: Mapping[str, float], *, step: int | None = None) -> None:
+        for part in self.parts:
+            part.log(values, step=step)
+
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        for part in self.parts:
+            part.table(name, columns, rows)
+
+    def close(self) -> None:
+        for part in self.parts:
+            part.close()
+
+
+@contextmanager
+def open_metrics(section: LoggingSection, settings: Mapping[str, object], *, folder: Path, is_writer: bool) -> Iterator[Metrics]:
+    """The places that the configuration asks for, on the writer; nowhere on the other ranks. `settings` is what a run is told to consist of."""
+    parts: list[Metrics] = []
+    if is_writer:
+        parts.append(JsonLines(folder / FILE))
+        from megatron_lite.metrics.wandb import is_wanted, open_wandb
+
+        if is_wanted(section):
+            parts.append(open_wandb(section, settings))
+    metrics = Several(parts)
+    try:
+        yield metrics
+    finally:
+        metrics.close()
