@@ -11,13 +11,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_lite.config.load import load_config
-from megatron_lite.config.sections import TokenizerSection
+from megatron_lite.data.choose_tokenizer import add_tokenizer_words, chosen_tokenizer
 from megatron_lite.data.documents import TextFile
 from megatron_lite.data.forms import Template, plainly, templated
 from megatron_lite.data.preprocess import Recipe, Written, preprocess
-from megatron_lite.data.tokenizer import LOADERS, load_tokenizer
-from megatron_lite.errors import ConfigError, DataError, UserError
+from megatron_lite.errors import DataError, UserError
 from megatron_lite.log import set_up_logging
 
 
@@ -28,8 +26,7 @@ def main(words: Sequence[str] | None = None) -> int:
         os.environ["RAYON_NUM_THREADS"] = str(options.workers)  # the tokenizers library looks at it when it first works
     try:
         files = [TextFile(Path(name.strip())) for name in options.input.split(",") if name.strip()]
-        tokenizer = load_tokenizer(tokenizer_section(options))
-        recipe = Recipe(tokenizer, tuple(options.jsonl_keys), options.append_eod, read_template(options.chat_template))
+        recipe = Recipe(chosen_tokenizer(options), tuple(options.jsonl_keys), options.append_eod, read_template(options.chat_template))
         print(*(line for written in preprocess(files, options.output_prefix, recipe) for line in settings(written)), sep="\n")
     except UserError as error:
         print(error, file=sys.stderr)
@@ -39,7 +36,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", nargs="*", type=Path, help="configuration files that name the tokenizer; or use --tokenizer-type")
+    add_tokenizer_words(parser)
     texts = parser.add_argument_group("texts")
     texts.add_argument("--input", required=True, metavar="FILE[,FILE...]", help=".jsonl or .txt, also .gz, .bz2, .xz and .zst")
     texts.add_argument("--jsonl-keys", nargs="+", default=[], metavar="KEY", help="a data set for each; left out, the first record of a file decides")
@@ -47,25 +44,12 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
         "--chat-template", type=Path, metavar="FILE", help="how conversations are written: a Jinja template, or a tokenizer_config.json that holds one"
     )
     tokens = parser.add_argument_group("tokens")
-    tokens.add_argument("--tokenizer-type", choices=sorted(LOADERS))
-    tokens.add_argument("--vocab-file", type=Path)
-    tokens.add_argument("--merge-file", type=Path)
     tokens.add_argument("--append-eod", action="store_true", help="end every document with the token between documents (completions always are)")
     tokens.add_argument("--workers", type=int, metavar="N", help="threads of the tokenizers library; left out, one for every core")
     parser.add_argument("--output-prefix", required=True, type=Path, metavar="PREFIX", help="writes PREFIX_KEY_document.bin and .idx")
     for flag in ("--num-docs", "--log-interval", "--dataset-impl"):
         parser.add_argument(flag, help=argparse.SUPPRESS)  # of NeoX's commands, and needless here
     return parser.parse_args(words)
-
-
-def tokenizer_section(options: argparse.Namespace) -> TokenizerSection:
-    if options.config:
-        if options.tokenizer_type:
-            raise ConfigError(f"--tokenizer-type and {options.config[0]} both name a tokenizer; keep one")
-        return load_config(options.config).tokenizer
-    if not options.tokenizer_type:
-        raise ConfigError("no tokenizer: name a configuration file, or give --tokenizer-type and --vocab-file")
-    return TokenizerSection.model_validate({key: getattr(options, key) for key in ("tokenizer_type", "vocab_file", "merge_file")})
 
 
 def read_template(path: Path | None) -> Template:

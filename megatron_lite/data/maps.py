@@ -83,6 +83,6 @@ def _build(files: MapFiles, documents: Documents) -> SampleMaps:
     try:
         files.save(maps)
     except OSError as error:
-        logger.info(f"{name}: the maps are not kept beside the data ({error.strerror})")
+        logger.info(f"{name}: the maps are not kept beside the data ({error.strerror or error})")
         return maps
     return files.load(documents) or maps  # mapped, so that the processes of a machine share the memory
