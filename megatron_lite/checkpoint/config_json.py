@@ -29,7 +29,9 @@ FACTS = (
     Fact("tied_head", "no_weight_tying (its opposite)", ("tie_word_embeddings",)),
     Fact("norm_eps", "layernorm_epsilon", ("layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps")),
     Fact("rotary_share", "rotary_pct (and pos_emb: rotary)", ("partial_rotary_factor", "rotary_pct")),
+    Fact("rotary_dim", "rotary_pct (its share of the head)", ("rotary_dim",)),
     Fact("rotary_base", "rotary_emb_base", ("rope_theta", "rotary_emb_base")),
+    Fact("head_dim", "num_attention_heads", ("head_dim",)),
 )
 # What transformers takes for granted where config.json is silent
 DEFAULTS: dict[str, dict[str, object]] = {
@@ -41,8 +43,10 @@ DEFAULTS: dict[str, dict[str, object]] = {
         "rotary_emb_base": 10000,
         "hidden_act": "gelu",
     },
+    "gptj": {"tie_word_embeddings": False, "layer_norm_epsilon": 1e-5, "rotary_dim": 64, "activation_function": "gelu_new"},
+    "llama": {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "hidden_act": "silu"},
 }
-ACTIVATIONS: dict[object, Activation] = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+ACTIVATIONS: dict[object, Activation] = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "silu": "silu"}
 
 
 def read_json(path: Path) -> dict[str, object]:
@@ -66,7 +70,8 @@ def stated_facts(folder: Path) -> dict[str, object]:
 
 def stated_activation(folder: Path) -> Activation:
     """The form of GELU that the folder's model was saved with."""
-    stated = stated_facts(folder).get("hidden_act")
+    facts = stated_facts(folder)
+    stated = facts.get("hidden_act", facts.get("activation_function"))
     if stated not in ACTIVATIONS:
         raise CheckpointError(f"{folder / 'config.json'} says hidden_act {stated}; built are {', '.join(map(str, ACTIVATIONS))}")
     return ACTIVATIONS[stated]

@@ -30,16 +30,18 @@ class HuggingFaceFolder:
     def shards(self, number: int) -> Shards:
         found: dict[str, list[Tensor]] = {}
         opened: dict[Path, Mapping[str, Tensor]] = {}
-        for (layer, name), same in self.names.items():
-            stored = next((stored for stored in same.names if stored in self.files), None)
-            if layer == number and stored:
-                path = self.files[stored]
-                if path not in opened:
-                    opened[path] = _open(path)
-                if stored not in opened[path]:
-                    raise CheckpointError(f"{path} lacks {stored}, which the index of {self.folder} promises; fetch both again")
-                found[name] = [opened[path][stored]]
+        for (layer, name), made in self.names.items():
+            if layer == number and (stored := made.among(self.files)):
+                found[name] = [made.assemble([self._tensor(each, opened) for each in stored])]
         return found
+
+    def _tensor(self, stored: str, opened: dict[Path, Mapping[str, Tensor]]) -> Tensor:
+        path = self.files[stored]
+        if path not in opened:
+            opened[path] = _open(path)
+        if stored not in opened[path]:
+            raise CheckpointError(f"{path} lacks {stored}, which the index of {self.folder} promises; fetch both again")
+        return opened[path][stored]
 
     def place(self, number: int) -> Path:
         return self.folder

@@ -26,7 +26,7 @@ class Architecture:
     model_type: str
 
 
-ARCHITECTURES = {"neox": "megatron_lite.models.neox"}
+ARCHITECTURES = {name: f"megatron_lite.models.{name}" for name in ("neox", "gptj", "llama")}
 
 
 def architecture_named(name: str) -> Architecture:

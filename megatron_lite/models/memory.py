@@ -26,11 +26,15 @@ def layer_parameters(spec: ModelSpec, number: int, tp: int) -> int:
     if number == 0:
         return vocab * d
     if number == spec.norm_number:
-        return 2 * d
+        return d if spec.family == "llama" else 2 * d
     if number == spec.head_number:
-        return vocab * d
-    cut = (d + 2 * kv) * (d + 1) + d * d + f * (d + 1) + d * f
-    return cut // tp + 2 * d + 4 * d  # two row biases and two norms are whole on every rank
+        return vocab * (d + 1) if spec.family == "gptj" else vocab * d
+    queries, keys, matrices = d * d // tp, max(kv // tp, spec.head_dim) * d, d * d // tp
+    if spec.family == "llama":
+        return queries + 2 * keys + matrices + 3 * d * f // tp + 2 * d  # a gate, no biases, two scales
+    biases = f // tp + (d if spec.family == "gptj" else (d + 2 * kv) // tp + 2 * d)  # row biases are whole on every rank
+    norms = 2 * d if spec.family == "gptj" else 4 * d
+    return queries + 2 * keys + matrices + 2 * d * f // tp + biases + norms
 
 
 def parameters(spec: ModelSpec) -> int:

@@ -118,11 +118,16 @@ class TiedHead(nn.Module):
 
 def plan(spec: ModelSpec, tp: Axis) -> LayerPlan:
     block = ParallelBlock if spec.parallel_residual else SequentialBlock
+    return plan_of(spec, tp, embedding=Embedding, block=block, norm=FinalNorm, head=TiedHead if spec.tied_head else Head)
+
+
+def plan_of(spec: ModelSpec, tp: Axis, *, embedding: type[nn.Module], block: type[nn.Module], norm: type[nn.Module], head: type[nn.Module]) -> LayerPlan:
+    """Layers under the numbers that gpt-neox gives them: 1 and n + 2 are its reshapings, which hold nothing."""
     return {
-        0: partial(Embedding, spec, tp),
+        0: partial(embedding, spec, tp),
         **{number: partial(block, spec, tp) for number in range(2, spec.layers + 2)},
-        spec.norm_number: partial(FinalNorm, spec),
-        spec.head_number: partial(TiedHead if spec.tied_head else Head, spec, tp),
+        spec.norm_number: partial(norm, spec),
+        spec.head_number: partial(head, spec, tp),
     }
 
 

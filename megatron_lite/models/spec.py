@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_lite.config.sections import ModelSection
+from megatron_lite.config.sections import Family, ModelSection
 
-Activation = Literal["gelu", "gelu_tanh"]
+Activation = Literal["gelu", "gelu_tanh", "silu"]
 DType = Literal["float16", "bfloat16", "float32"]
 
 DTYPES: dict[str, DType] = {"fp16": "float16", "bfloat16": "bfloat16", "fp32": "float32"}
@@ -33,6 +33,7 @@ class ModelSpec:
     parallel_residual: bool
     tied_head: bool
     dtype: DType
+    family: Family = "neox"
 
     @property
     def head_number(self) -> int:
@@ -58,9 +59,10 @@ def spec_of(model: ModelSection, *, vocab: int, dtype: DType) -> ModelSpec:
         max_positions=model.max_position_embeddings,
         rotary_dim=rotary_dim,
         rotary_base=float(model.rotary_emb_base),
-        norm_eps=model.layernorm_epsilon,
-        activation="gelu_tanh" if model.bias_gelu_fusion else "gelu",
+        norm_eps=model.rms_norm_epsilon if model.norm == "rmsnorm" else model.layernorm_epsilon,
+        activation="silu" if model.gated else "gelu_tanh" if model.bias_gelu_fusion else "gelu",
         parallel_residual=model.gpt_j_residual,
         tied_head=not model.no_weight_tying,
         dtype=dtype,
+        family=model.family,
     )

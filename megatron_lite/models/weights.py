@@ -1,6 +1,10 @@
-"""How our parameters are named in other formats."""
+"""How our parameters are made of the tensors of other formats."""
 
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True, init=False)
@@ -12,5 +16,42 @@ class Same:
     def __init__(self, *names: str) -> None:
         object.__setattr__(self, "names", names)
 
+    def among(self, stored: Container[str]) -> list[str] | None:
+        """The names to read, or None where they are not stored."""
+        return next(([name] for name in self.names if name in stored), None)
 
-WeightMap = dict[tuple[int, str], Same]
+    def assemble(self, tensors: Sequence[Tensor]) -> Tensor:
+        return tensors[0]
+
+
+@dataclass(frozen=True, init=False)
+class Stacked:
+    """These tensors one above the other."""
+
+    names: tuple[str, ...]
+
+    def __init__(self, *names: str) -> None:
+        object.__setattr__(self, "names", names)
+
+    def among(self, stored: Container[str]) -> list[str] | None:
+        return list(self.names) if all(name in stored for name in self.names) else None
+
+    def assemble(self, tensors: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(tensors))
+
+
+@dataclass(frozen=True)
+class ByHead:
+    """Head by head, that head's rows of each of these tensors: NeoX's [head][q|k|v][head_dim]."""
+
+    names: tuple[str, ...]
+    heads: int
+
+    def among(self, stored: Container[str]) -> list[str] | None:
+        return list(self.names) if all(name in stored for name in self.names) else None
+
+    def assemble(self, tensors: Sequence[Tensor]) -> Tensor:
+        return torch.stack([tensor.unflatten(0, (self.heads, -1)) for tensor in tensors], 1).flatten(0, 2)
+
+
+WeightMap = dict[tuple[int, str], Same | Stacked | ByHead]

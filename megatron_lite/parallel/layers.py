@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_lite.parallel.mesh import Axis
-from megatron_lite.parallel.shards import Partial, RankLocal, Replicate, Rule, Split
+from megatron_lite.parallel.shards import Partial, RankLocal, Replicate, Rule, Split, SplitGroups, SplitParts
 
 # b batch, s tokens in this call, d hidden size, v rows of the vocabulary on this rank
 
@@ -36,12 +36,13 @@ class RowLinear(nn.Linear):
 
     rules: dict[str, Rule] = {"weight": Split(1), "bias": Replicate()}
 
-    def __init__(self, inputs: int, outputs: int, *, tp: Axis) -> None:
-        super().__init__(inputs // tp.size, outputs)
+    def __init__(self, inputs: int, outputs: int, *, tp: Axis, bias: bool = True) -> None:
+        super().__init__(inputs // tp.size, outputs, bias=bias)
         self.tp = tp
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.tp.sum(F.linear(x, self.weight)) + self.bias
+        summed = self.tp.sum(F.linear(x, self.weight))
+        return summed if self.bias is None else summed + self.bias
 
 
 class PartialRowLinear(nn.Linear):
@@ -49,8 +50,8 @@ class PartialRowLinear(nn.Linear):
 
     rules: dict[str, Rule] = {"weight": Split(1), "bias": Partial()}
 
-    def __init__(self, inputs: int, outputs: int, *, tp: Axis) -> None:
-        super().__init__(inputs // tp.size, outputs)
+    def __init__(self, inputs: int, outputs: int, *, tp: Axis, bias: bool = True) -> None:
+        super().__init__(inputs // tp.size, outputs, bias=bias)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -64,6 +65,47 @@ class LayerNorm(nn.LayerNorm):
             return super().forward(x)
         pairs = zip(*torch.broadcast_tensors(self.weight, self.bias), strict=True)
         return torch.stack([F.layer_norm(x, self.normalized_shape, weight, bias, self.eps) for weight, bias in pairs])
+
+
+class RMSNorm(nn.Module):
+    """Scales to unit mean square (Zhang and Sennrich 2019); computed in fp32. Merging ranks averages copies that drifted apart."""
+
+    rules: dict[str, Rule] = {"scale": Replicate()}
+
+    def __init__(self, hidden: int, *, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.scale = nn.Parameter(torch.ones(hidden))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.scale
+
+
+class GroupedQueryLinear(nn.Linear):
+    """Projections of grouped-query attention, [q heads | k heads | v heads] of this rank; a key/value head is on several ranks where there are more ranks."""
+
+    def __init__(self, hidden: int, *, heads: int, kv_heads: int, head_dim: int, tp: Axis) -> None:
+        self.rules: dict[str, Rule]
+        super().__init__(hidden, (heads // tp.size + 2 * max(1, kv_heads // tp.size)) * head_dim, bias=False)
+        self.rules = {"weight": SplitGroups(heads, kv_heads)}
+        self.tp = tp
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.tp.copy(x))
+
+
+class StackedColumnLinear(nn.Linear):
+    """Two projections of the same input, one above the other, each cut by itself: [b s d] -> [b s (2 columns)]."""
+
+    rules: dict[str, Rule] = {"weight": SplitParts(0, (1, 1))}
+
+    def __init__(self, inputs: int, outputs: int, *, tp: Axis) -> None:
+        super().__init__(inputs, 2 * outputs // tp.size, bias=False)
+        self.tp = tp
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.tp.copy(x))
 
 
 class VocabularyEmbedding(nn.Module):
@@ -87,12 +129,13 @@ class VocabularyEmbedding(nn.Module):
 class VocabularyLinear(nn.Module):
     """Ranks compute the logits of different words, never gathered here: [b s d] -> [b s v]."""
 
-    rules: dict[str, Rule] = {"weight": Split(0, padded=True)}
+    rules: dict[str, Rule] = {"weight": Split(0, padded=True), "bias": Split(0, padded=True)}
 
-    def __init__(self, vocab: int, hidden: int, *, tp: Axis) -> None:
+    def __init__(self, vocab: int, hidden: int, *, tp: Axis, bias: bool = False) -> None:
         super().__init__()
         self.tp = tp
         self.weight = nn.Parameter(torch.empty(vocab // tp.size, hidden))
+        self.bias = nn.Parameter(torch.zeros(vocab // tp.size)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return columns(self.tp.copy(x), self.weight)
+        return columns(self.tp.copy(x), self.weight, self.bias)

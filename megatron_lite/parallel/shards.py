@@ -1,4 +1,4 @@
-"""How a parameter is cut over tensor-parallel ranks: five rules, and `take`, which serves any cut from files of any other cut.
+"""How a parameter is cut over tensor-parallel ranks: six rules, and `take`, which serves any cut from files of any other cut.
 
 Shards are what the ranks of one cut hold, in rank order. They may be memory-mapped: only the slices that are needed are touched.
 """
@@ -96,6 +96,38 @@ class SplitParts:
         length, whole = shard.shape[self.dim], sum(self.parts)
         assert length % whole == 0, f"{length} along dim {self.dim} is not made of parts {self.parts}"
         return [length // whole * part for part in self.parts]
+
+
+@dataclass(frozen=True)
+class SplitGroups:
+    """Rows of grouped-query attention, [q heads | k heads | v heads]: each kind is cut by itself, by whole heads. With more ranks than key/value heads,
+    neighbouring ranks hold the same one."""
+
+    heads: int
+    kv_heads: int
+
+    def split(self, full: Tensor, size: int) -> list[Tensor]:
+        return [self.take([full], index, size) for index in range(size)]
+
+    def merge(self, shards: Sequence[Tensor]) -> Tensor:
+        return self.take(shards, 0, 1)
+
+    def whole(self, shard: Sequence[int], count: int) -> tuple[int, ...]:
+        return (shard[0] // sum(self._counts(count)) * (self.heads + 2 * self.kv_heads), *shard[1:])
+
+    def take(self, shards: Sequence[Tensor], index: int, size: int) -> Tensor:
+        counts = self._counts(len(shards))
+        rows = len(shards[0]) // sum(counts)
+        query, *others = zip(*(shard.split([count * rows for count in counts]) for shard in shards), strict=True)
+        once = max(1, len(shards) // self.kv_heads)
+        first, held = index * self.kv_heads // size, self._counts(size)[1]
+        mine = [torch.cat(kind[::once])[first * rows : (first + held) * rows] for kind in others]
+        return torch.cat([Split(0).take(query, index, size), *mine])
+
+    def _counts(self, size: int) -> tuple[int, int, int]:
+        """Heads of queries, keys and values on each of `size` ranks."""
+        held = max(1, self.kv_heads // size)
+        return self.heads // size, held, held
 
 
 @dataclass(frozen=True)
