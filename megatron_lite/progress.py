@@ -24,8 +24,8 @@ def progress(title: str, total: int, *, unit: str = "B", shown: bool = True) -> 
         yield lambda count: None
     elif sys.stderr.isatty():
         name = unit if unit == "B" else f" {unit}"
-        width = os.get_terminal_size(sys.stderr.fileno()).columns or 80  # terminals of containers do not know it
-        with tqdm(total=total, desc=title, unit=name, unit_scale=unit == "B", ncols=width, leave=False, mininterval=0.2) as bar:
+        width = os.get_terminal_size(sys.stderr.fileno()).columns or 80  # a container's terminal may not know its size, and tqdm then shows nothing
+        with tqdm(total=total, desc=title, unit=name, unit_scale=unit == "B", ncols=width, nrows=20, leave=False, mininterval=0.2) as bar:
             yield bar.update
     else:
         yield _Lines(title, total, unit).advance
