@@ -107,7 +107,7 @@ def in_transformers(layout: CheckpointLayout, spec: ModelSpec) -> nn.Module:
     model = GPTNeoXForCausalLM(GPTNeoXConfig(**settings)).eval()
     head = nn.Linear(spec.hidden, spec.vocab)  # with a bias, for the shifts of the ranks' final norms
     model.lm_head = head
-    files = {number: [torch.load(layout.layer_file(number, part)) for part in range(layout.tp)] for number in layout.numbers}
+    files = {number: [_whole_precision(layout.layer_file(number, part)) for part in range(layout.tp)] for number in layout.numbers}
     with torch.no_grad():
         model.get_parameter("gpt_neox.embed_in.weight").copy_(_joined(files[0], "word_embeddings.weight"))
         for number, block in enumerate(model.gpt_neox.layers, start=2):
@@ -126,6 +126,11 @@ def in_transformers(layout: CheckpointLayout, spec: ModelSpec) -> nn.Module:
         zeros = [torch.zeros(len(part[name])) for part in weights]
         _fold(files[spec.norm_number], "norm", [part[name] for part in weights], zeros, head)
     return model
+
+
+def _whole_precision(path: Path) -> dict[str, Tensor]:
+    """A layer file in fp32: folding in half precision would round."""
+    return {name: tensor.float() for name, tensor in torch.load(path).items()}
 
 
 def _joined(parts: list[dict[str, Tensor]], name: str, dim: int = 0) -> Tensor:
