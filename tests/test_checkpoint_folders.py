@@ -74,7 +74,8 @@ def test_older_config_json_that_are_silent_mean_what_transformers_takes_for_gran
             {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": None},
             "says rope_type linear; only plain rotary positions (default) are built",
         ),
-        ({"hidden_act": "relu"}, "says hidden_act relu; built are gelu, gelu_new, gelu_fast, gelu_pytorch_tanh"),
+        ({"hidden_act": "relu"}, "says hidden_act relu; built are gelu, gelu_new, gelu_fast, gelu_pytorch_tanh, silu"),
+        ({"hidden_act": "silu"}, "says hidden_act silu, the configuration gives gelu; set activation to what the checkpoint was trained with"),
         ({"rope_parameters": 3}, "says rope_parameters 3; a JSON object was expected"),
     ],
 )

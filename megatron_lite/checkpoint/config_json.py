@@ -47,6 +47,7 @@ DEFAULTS: dict[str, dict[str, object]] = {
     "llama": {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "hidden_act": "silu"},
 }
 ACTIVATIONS: dict[object, Activation] = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "silu": "silu"}
+FORMS_OF_GELU: set[Activation] = {"gelu", "gelu_tanh"}
 
 
 def read_json(path: Path) -> dict[str, object]:
@@ -68,13 +69,18 @@ def stated_facts(folder: Path) -> dict[str, object]:
     return {**DEFAULTS.get(str(stated.get("model_type")), {}), **stated, **rotary}
 
 
-def stated_activation(folder: Path) -> Activation:
-    """The form of GELU that the folder's model was saved with."""
-    facts = stated_facts(folder)
+def stated_activation(folder: Path, spec: ModelSpec) -> Activation:
+    """The activation that the folder's model was saved with: of the two forms of GELU its own, else the one of our configuration."""
+    facts, path = stated_facts(folder), folder / "config.json"
     stated = facts.get("hidden_act", facts.get("activation_function"))
-    if stated not in ACTIVATIONS:
-        raise CheckpointError(f"{folder / 'config.json'} says hidden_act {stated}; built are {', '.join(map(str, ACTIVATIONS))}")
-    return ACTIVATIONS[stated]
+    found = ACTIVATIONS.get(stated)
+    if found is None:
+        raise CheckpointError(f"{path} says hidden_act {stated}; built are {', '.join(map(str, ACTIVATIONS))}")
+    if found != spec.activation and not {found, spec.activation} <= FORMS_OF_GELU:
+        raise CheckpointError(
+            f"{path} says hidden_act {stated}, the configuration gives {spec.activation}; set activation to what the checkpoint was trained with"
+        )
+    return found
 
 
 def check_config(folder: Path, architecture: Architecture, spec: ModelSpec) -> None:

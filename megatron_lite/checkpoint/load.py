@@ -27,7 +27,7 @@ Progress = Callable[[int], object]
 
 def spec_as_stored(layout: CheckpointLayout, spec: ModelSpec) -> ModelSpec:
     """The spec, but for what the checkpoint itself knows better: the form of GELU that a Hugging Face folder states."""
-    return replace(spec, activation=stated_activation(layout.folder)) if layout.format == "huggingface" else spec
+    return replace(spec, activation=stated_activation(layout.folder, spec)) if layout.format == "huggingface" else spec
 
 
 def open_source(layout: CheckpointLayout, architecture: Architecture, spec: ModelSpec) -> Source:
