@@ -129,6 +129,25 @@ def test_one_data_path_is_split(tmp_path: Path) -> None:
     assert opened(data_path=tmp_path / "mine", split="1").source("valid", 5) is None
 
 
+def test_an_epoch_has_as_many_samples_as_its_packing_makes_of_it(tmp_path: Path) -> None:
+    path = data_set(tmp_path / "mine", 20, 1)  # 20 documents of 20 tokens
+    section = DataSection.model_validate({"data_path": path, "split": "1"})
+    counts = {}
+    for packing in (Packing(9, 0), Packing(39, 0, "pack_until_overflow"), Packing(9, 0, "unpacked"), Packing(9, 0, "unpacked", allow_chopped=False)):
+        counts[packing.pack_impl, packing.allow_chopped] = open_data(section, packing, CharLevelTokenizer(), vocab=512).samples_per_epoch()
+    assert counts == {("packed", True): 44, ("pack_until_overflow", True): 10, ("unpacked", True): 20, ("unpacked", False): 0}
+
+
+def test_files_of_texts_and_data_sets_blend(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "2+2=", "completion": "4"}\n' * 9)
+    data = opened(train_data_paths=[tmp_path / "a.jsonl", data_set(tmp_path / "mine", 3, 1)])
+    train = data.source("train", 40)
+    assert train is not None
+    learned = sorted({int((train.row(number).labels >= 0).sum()) for number in range(40)})
+    assert learned[-1] == 11
+    assert learned[0] < 6
+
+
 @pytest.mark.parametrize(
     ("settings", "kind", "sentence"),
     [

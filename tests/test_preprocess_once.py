@@ -1,6 +1,7 @@
 """A file of texts is a data set: tokenized once, by one process, and again only when the file or the tokenizer is another."""
 
 import json
+import logging
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -114,3 +115,16 @@ def test_a_prefix_with_the_name_of_a_text_file_is_still_a_prefix(tmp_path: Path)
         writer.add_sequence([1, 2])
         writer.finish()
     assert open_corpus(tmp_path / "mine.txt", CharLevelTokenizer()).tokens.read(0).tolist() == [1, 2]
+
+
+def test_labels_that_lie_beside_a_data_set_are_mentioned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(logging.getLogger("deepy"), "propagate", True)
+    for name in ("mine_messages_document", "mine_messages_label_document"):
+        with token_writer(tmp_path / name, vocab_size=10) as writer:
+            writer.add_sequence([1, 2])
+            writer.finish()
+    open_corpus(tmp_path / "mine_messages_document", CharLevelTokenizer())
+    assert "is trained on as a whole, though labels lie beside it: for them, use train_data_paths and train_label_data_paths" in caplog.text
+    caplog.clear()
+    assert open_corpus(tmp_path / "mine_messages_document", CharLevelTokenizer(), labels=tmp_path / "mine_messages_label_document").labels
+    assert not caplog.text

@@ -9,12 +9,12 @@ from pathlib import Path
 from megatron_lite.data.documents import TextFile, kind_of
 from megatron_lite.data.indexed import Corpus, IndexedDataset, files_of
 from megatron_lite.data.once import one_at_a_time
-from megatron_lite.data.preprocess import Entry, Recipe, entries_of, preprocess
+from megatron_lite.data.preprocess import Entry, Recipe, data_set_of, entries_of, preprocess
 from megatron_lite.data.tokenizer import Tokenizer
 from megatron_lite.errors import DataError
 from megatron_lite.log import logger
 
-PROBE = 1 << 18
+PROBE = 1 << 16
 """Characters at the beginning of a file by whose tokens a tokenizer is recognized."""
 
 
@@ -64,13 +64,10 @@ class _Copy:
     base: Path
     first: Entry
 
-    def _prefix(self, key: str) -> Path:
-        return self.base.with_name(f"{self.base.name}_{key}_document")
-
     @property
     def prefixes(self) -> list[Path]:
         key = self.first.form.key
-        return [self._prefix(key), self._prefix(f"{key}_label")] if self.first.form.masks else [self._prefix(key)]
+        return [data_set_of(self.base, name) for name in ([key, f"{key}_label"] if self.first.form.masks else [key])]
 
     def is_whole(self) -> bool:
         return all(part.is_file() for prefix in self.prefixes for part in files_of(prefix))

@@ -20,7 +20,7 @@ PLAIN = (".txt", ".text", ".md")
 SEPARATOR = "<|endoftext|>"
 """Ends a document in a plain text file, as in TinyStories."""
 
-PIECE = 1 << 16
+PIECE = 1 << 14
 """Characters of a long text that are encoded at once, at least: it is cut where the next paragraph begins."""
 
 # Both parts of a text that is cut before line breaks, between visible characters, get the tokens that they have in the whole.

@@ -86,6 +86,7 @@ def _check(files: Sequence[TextFile], outputs: "dict[str, _Output]", keys: Seque
 
 
 def entries_of(file: TextFile, recipe: Recipe) -> Iterator[Entry]:
+    """What a file will be in the data set."""
     if file.is_plain:
         form = Text("text")
         return (Entry(form, (Segment(piece.text),), piece.ends) for piece in file.pieces())
@@ -124,8 +125,8 @@ class _Output:
     def __init__(self, prefix: Path, form: Form, recipe: Recipe) -> None:
         self._form, self._recipe = form, recipe
         size = recipe.tokenizer.vocab_size
-        self._tokens = token_writer(_named(prefix, form.key), vocab_size=size)
-        self._labels = label_writer(_named(prefix, f"{form.key}_label"), vocab_size=size) if form.masks else None
+        self._tokens = token_writer(data_set_of(prefix, form.key), vocab_size=size)
+        self._labels = label_writer(data_set_of(prefix, f"{form.key}_label"), vocab_size=size) if form.masks else None
         self._learned = self._empty = 0
 
     @property
@@ -171,5 +172,6 @@ class _Output:
             writer.discard()
 
 
-def _named(prefix: Path, key: str) -> Path:
+def data_set_of(prefix: Path, key: str) -> Path:
+    """The prefix of the data set that a key gets."""
     return prefix.with_name(f"{prefix.name}_{key}_document")
