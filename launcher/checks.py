@@ -1,5 +1,6 @@
 """What can be wrong with a run's files, found before any process starts; the processes look again when they use them."""
 
+import time
 from collections.abc import Callable
 from typing import cast
 
@@ -8,6 +9,7 @@ from megatron_lite.checkpoint.find import check_numbers, find_checkpoint
 from megatron_lite.config.sections import RunConfig
 from megatron_lite.data.jsonl import check_writable
 from megatron_lite.data.prompts import Prompt, read_prompts
+from megatron_lite.data.task_data import TASK_DATA, data_folder, require, task_names
 from megatron_lite.data.tokenizer import load_tokenizer
 from megatron_lite.errors import CheckpointError, ConfigError, DataError
 from megatron_lite.parallel.layout import stage_numbers
@@ -61,11 +63,21 @@ def demand_of(config: RunConfig) -> Demand:
 
 
 def check_tasks(config: RunConfig) -> None:
-    if not config.evaluation.eval_tasks:
+    """Whether the questions of the tasks can be had, as far as that can be told at once."""
+    settings = config.evaluation
+    if not settings.eval_tasks:
         raise ConfigError("eval_tasks is not set; name tasks with --eval_tasks, for instance --eval_tasks lambada piqa")
+    for name in task_names(settings.eval_tasks):
+        if name in TASK_DATA and settings.include_path is None:  # else the name may be one of the user's own tasks
+            require(TASK_DATA[name], data_folder(settings.eval_data_dir))
+
+
+def check_results(config: RunConfig) -> None:
+    """Whether the results can be written."""
+    check_writable(config.evaluation.results_file(time.localtime()))
 
 
 CHECKS: dict[str, tuple[Check, ...]] = {
     "generate": (check_prompts, check_output, check_checkpoint),
-    "evaluate": (check_tasks, check_checkpoint),
+    "evaluate": (check_tasks, check_results, check_checkpoint),
 }

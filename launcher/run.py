@@ -13,6 +13,7 @@ from launcher.job import Job
 from launcher.multinode import run_on_hosts
 from launcher.plan import Plan
 from launcher.planner import plan_anyway, plan_generation, plan_settings, plan_training, vocabulary_entries
+from launcher.replicas import plan_evaluation
 from launcher.show import describe_devices, show_run
 from launcher.site import Site, find_site
 from launcher.spawn import new_log_folder, spawn
@@ -71,6 +72,8 @@ def _plan(command: Command, config: RunConfig, hardware: Hardware, entries: int,
         return plan_training(config, hardware, entries)
     demand = attempt(lambda: demand_of(config), []) if command.script == "generate" else None
     try:
+        if command.script == "evaluate":
+            return plan_evaluation(config, hardware, entries)
         return plan_generation(config, hardware, entries, demand=demand)
     except FitError as problem:
         if not command.dry_run:

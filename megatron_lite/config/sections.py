@@ -1,5 +1,6 @@
 """Every setting that this program reads, in sections, under NeoX's names and with NeoX's defaults; `(ours)` marks what NeoX does not have."""
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -200,6 +201,11 @@ class EvaluationSection(Section):
     eval_batch_tokens: Count | None = Field(None, description="(ours) tokens that are scored at once; null is what suits the device")
     bootstrap_iters: Size = Field(1000, description="(ours) draws to estimate errors that have no formula, such as the perplexity's")
 
+    def results_file(self, at: time.struct_time) -> Path:
+        """{prefix}_eval_results_{time}.json, as NeoX names it."""
+        stamp = time.strftime("%m-%d-%Y-%H-%M-%S", at)
+        return Path(f"{self.eval_results_prefix}_eval_results_{stamp}.json" if self.eval_results_prefix else f"eval_results_{stamp}.json")
+
 
 class TrainingSection(Section):
     """How the model is trained, beside what DeepSpeed's own keys say."""
@@ -227,6 +233,7 @@ class TrainingSection(Section):
     do_train: bool | None = Field(None, description="null follows from the data")
     do_valid: bool | None = Field(None, description="null follows from the data")
     do_test: bool | None = Field(None, description="null follows from the data")
+    check: bool = Field(False, description="(ours) take two steps, validate, save and clear away what was saved: whether all of it works (--check)")
 
 
 class LoggingSection(Section):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +16,6 @@ BY_TASK = ("results", "groups", "group_subtasks", "configs", "versions", "n-shot
 
 Results = dict[str, Any]
 """What lm-eval returns (Any: JSON of its own shape)."""
-
-
-def results_file(prefix: str, at: float) -> Path:
-    """{prefix}_eval_results_{time}.json, as gpt-neox names it."""
-    stamp = time.strftime("%m-%d-%Y-%H-%M-%S", time.localtime(at))
-    return Path(f"{prefix}_eval_results_{stamp}.json" if prefix else f"eval_results_{stamp}.json")
 
 
 @dataclass(frozen=True)

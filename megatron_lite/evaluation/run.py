@@ -14,7 +14,7 @@ from megatron_lite.data.jsonl import check_writable
 from megatron_lite.errors import OutputError
 from megatron_lite.evaluation.evaluate import evaluate
 from megatron_lite.evaluation.published import KnownModel, known_model
-from megatron_lite.evaluation.results import Report, Results, as_table, flat, result_rows, results_file
+from megatron_lite.evaluation.results import Report, Results, as_table, flat, result_rows
 from megatron_lite.evaluation.samples import sample_table, write_samples
 from megatron_lite.evaluation.tasks import Unit, find_tasks
 from megatron_lite.log import logger
@@ -27,7 +27,7 @@ LOGS = Path("logs")  # where log_dir is silent
 def evaluate_run(run: Run) -> str:
     """Evaluates as the configuration says. Returns the results as a text for the screen, on the writer; elsewhere an empty one."""
     config, settings, is_writer = run.config, run.config.evaluation, run.mesh.is_writer
-    path = results_file(settings.eval_results_prefix, time.time())
+    path = settings.results_file(time.localtime())
     units = _prepare(run, path) if is_writer else []
     stage = load_stage(run)
     told = {key: value for key, value, _ in shown_settings(config)}

@@ -1,0 +1,38 @@
+"""The layout of an evaluation: replicas need not wait for each other, so the model is cut no further than memory demands, and is there as often as it fits."""
+
+from dataclasses import replace
+
+from launcher.fit import fit_devices, layouts_for
+from launcher.hardware import Hardware
+from launcher.plan import Demand, Plan, with_note
+from launcher.planner import Planner, plan_generation
+from megatron_lite.config.sections import RunConfig
+
+TOKENS = 4096
+"""That must fit at once beside the weights; where memory has room for more, more are taken."""
+
+
+def plan_evaluation(config: RunConfig, hardware: Hardware, entries: int) -> Plan:
+    """The plan for evaluation. Raises LayoutError or FitError where nothing that was asked for can run."""
+    demand = Demand(1, max(TOKENS, config.model.max_position_embeddings))
+    planner = Planner(config, hardware, entries, demand)
+    wish, asked = planner.wish, planner.wish.layout
+    devices = _devices(planner)
+    layouts = [replace(layout, dp=devices // (layout.pp * layout.tp)) for layout in layouts_for(wish, devices, planner.spec(asked))]
+    # all devices if that can be, cut little; and rather in stages, which hand on little and take up the next batch, than in parts that wait for each other
+    for layout in sorted(layouts, key=lambda layout: (-layout.size, layout.pp * layout.tp, layout.tp)):
+        plan = _without_cache(planner.weigh(layout, 1))
+        if plan.shortage() is None:
+            return with_note(plan, None if plan.layout == asked else f"{wish.where} asks for {asked}; {hardware.found}: using {plan.layout}")
+    return plan_generation(config, hardware, entries, demand=demand)
+
+
+def _devices(planner: Planner) -> int:
+    """On CPUs as many processes as generation would have: cores are not devices, and a process uses several."""
+    hardware, wish = planner.hardware, planner.wish
+    return fit_devices(wish, hardware, planner.spec(wish.layout))[0].size if hardware.kind == "CPU" else len(hardware)
+
+
+def _without_cache(plan: Plan) -> Plan:
+    """Scoring keeps keys and values of one layer at a time."""
+    return replace(plan, stages=tuple(replace(stage, cache=0) for stage in plan.stages))
