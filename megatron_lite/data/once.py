@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_lite.log import logger
+
 
 @contextmanager
 def one_at_a_time(folder: Path) -> Iterator[None]:
@@ -15,10 +17,18 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            _lock(descriptor, folder)
         yield
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        logger.info(f"waiting for another process that prepares data in {folder}")
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
 
 
 def save_array(path: Path, numbers: np.ndarray) -> None:
