@@ -8,6 +8,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # last, because a top-level evaluate.py must not shadow the `evaluate` package
+
 from megatron_lite.data.download import RemoteFile, fetch_all
 from megatron_lite.data.task_data import FOLDER, OTHER_NAMES, TASK_DATA
 from megatron_lite.errors import UserError

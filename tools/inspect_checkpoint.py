@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # last, because a top-level evaluate.py must not shadow the `evaluate` package
+
 from megatron_lite.checkpoint.contents import Stored, files_of, stored_tensors
 from megatron_lite.checkpoint.find import CheckpointLayout, find_checkpoint
 from megatron_lite.errors import UserError

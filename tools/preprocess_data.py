@@ -11,6 +11,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # last, because a top-level evaluate.py must not shadow the `evaluate` package
+
 from megatron_lite.data.choose_tokenizer import add_tokenizer_words, chosen_tokenizer
 from megatron_lite.data.documents import TextFile
 from megatron_lite.data.forms import Template, plainly, templated

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # last, because a top-level evaluate.py must not shadow the `evaluate` package
+
 from megatron_lite.checkpoint.write import cut, name_latest, step_folder, write_layer
 from megatron_lite.config.load import load_config
 from megatron_lite.data.tokenizer import Tokenizer, load_tokenizer

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # last, because a top-level evaluate.py must not shadow the `evaluate` package
+
 from megatron_lite.data.jsonl import check_writable, read_records
 from megatron_lite.errors import ConfigError, DataError, UserError
 
