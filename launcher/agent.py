@@ -4,23 +4,24 @@ import logging
 import os
 from pathlib import Path
 from signal import Signals
+from typing import cast
 
 from torch.distributed import DistError
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
-from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.api import SignalException, SubprocessContext
+from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from launcher.failure import error_file, log_file
-from launcher.job import Job
+from launcher.job import LITTLE_GRACE, Job
 from launcher.worker import LOG
-from megatron_lite.errors import LayoutError
+from megatron_lite.errors import INTERRUPTED, LayoutError
 
 WATCH = 0.1  # seconds between looks at the processes
 PATIENCE = 300  # seconds in which all hosts must have come
-GRACE = 4  # seconds a process has between SIGTERM and SIGKILL
 
 
 class LogFiles(LogsSpecs):
@@ -47,18 +48,30 @@ class Agent(LocalElasticAgent):
     """Ends all processes when one fails. `ends` then holds the exit codes of those that had failed before it ended the others."""
 
     ends: dict[int, int]
+    grace: float  # seconds a process has between SIGTERM and SIGKILL
 
     # elastic declares this method for its subclasses, but hides its type behind a decorator
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:  # pyright: ignore[reportIncompatibleVariableOverride]
         self.ends = {worker.global_rank: code for worker in worker_group.workers if (code := _exit_code(worker.id))}
         if self.ends:
+            self.grace = LITTLE_GRACE
             self._shutdown()
         return super()._monitor_workers(worker_group)  # pyright: ignore[reportCallIssue]
 
     def _shutdown(self, death_sig: Signals = Signals.SIGTERM, *rest: object, **more: object) -> None:
         if self._pcontext:  # elastic itself would wait 30 s for a process that does not listen
-            self._pcontext.close(death_sig, GRACE)
+            self._pcontext.close(death_sig, int(self.grace))
         super()._shutdown(death_sig)
+
+    def interrupted(self) -> dict[int, int]:
+        """The exit codes of processes that were asked to stop, if all have done so in order; else nothing."""
+        group = self._worker_group.workers
+        codes = {worker.global_rank: handler.proc.poll() for worker, handler in zip(group, self._handlers(), strict=True)}
+        return dict.fromkeys(codes, INTERRUPTED) if set(codes.values()) == {INTERRUPTED} else {}
+
+    def _handlers(self) -> list[SubprocessHandler]:
+        context = cast(SubprocessContext, self._pcontext)
+        return [context.subprocess_handlers[local] for local in sorted(context.subprocess_handlers)]
 
 
 def _exit_code(pid: int) -> int:
@@ -87,10 +100,11 @@ def run_agent(job: Job, entrypoint: str, words: list[str]) -> dict[int, int] | S
         monitor_interval=WATCH,
     )
     agent = Agent(spec, LogFiles(job.logs))
+    agent.grace = job.grace
     try:
         agent.run()
     except SignalException as received:
-        return received.sigval
+        return agent.interrupted() or received.sigval
     except DistError as error:
         if job.meeting is None:
             raise

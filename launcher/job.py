@@ -16,6 +16,11 @@ class Meeting:
     host: int
 
 
+GRACE = {"train": 600.0}
+"""Seconds that the processes of a script have between SIGTERM and SIGKILL: a training saves first."""
+LITTLE_GRACE = 4.0
+
+
 @dataclass(frozen=True)
 class Job:
     """A script, its words, and how many processes of it run on this host. `logs` is the folder for what they say, `environment` what they see beside ours."""
@@ -27,3 +32,7 @@ class Job:
     logs: Path
     meeting: Meeting | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def grace(self) -> float:
+        return GRACE.get(self.name, LITTLE_GRACE)

@@ -56,6 +56,7 @@ OPTIONS = {
         Option("include_path", "folder of further task definitions", "DIR", Path),
         Option("log_samples", "write every question with its answer", kind=bool),
     ),
+    "training": (Option("check", "two steps, a validation and a save that is cleared away: does all of it work?", kind=bool),),
     "checkpoints and reports": (
         Option("iteration", "step to load, instead of the one that `latest` names", "N", int),
         Option("wandb_group", "group of the run at Weights & Biases", "TEXT"),

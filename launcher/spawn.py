@@ -12,7 +12,7 @@ from signal import Signals
 from launcher.failure import verdict
 from launcher.job import Job
 from launcher.worker import PARENT
-from megatron_lite.errors import OutputError
+from megatron_lite.errors import INTERRUPTED, OutputError
 
 SAFE_PATH = ["-P"] if sys.version_info >= (3, 11) else []  # the script's folder stays off sys.path
 
@@ -52,8 +52,8 @@ def spawn(job: Job) -> int:
         if job.meeting is None:  # else whoever started all hosts says it
             _say(f"stopped by {ends.name}; logs: {job.logs}")
         return 128 + ends
-    if not ends:
-        return 0
+    if not ends or set(ends.values()) == {INTERRUPTED}:
+        return next(iter(ends.values()), 0)
     words, code = verdict(ends, job.logs)
     _say(words)
     return code

@@ -1,5 +1,8 @@
 """The errors that end a program with one sentence and exit code 2, without a traceback."""
 
+INTERRUPTED = 75
+"""Exit code of a program that was asked to stop (SIGTERM), has saved, and goes on when it is started again: EX_TEMPFAIL."""
+
 
 class UserError(Exception):
     """Something the person who started the program can change. The message is the whole report: what was found, what was needed, where, what to do."""
@@ -31,3 +34,7 @@ class DataError(UserError):
 
 class OutputError(UserError):
     """A result cannot be written where it was asked for."""
+
+
+class TrainingError(UserError):
+    """A training does not get on: its numbers are no longer finite."""

@@ -1,12 +1,12 @@
 """What the settings say about a training, in numbers: batches, precision, optimizer and schedule. Checked before anything is built."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 import torch
 
-from megatron_lite.config.sections import RunConfig
+from megatron_lite.config.sections import RunConfig, TrainingSection
 from megatron_lite.errors import ConfigError
 from megatron_lite.log import logger
 from megatron_lite.parallel.layout import Layout
@@ -64,11 +64,16 @@ class Recipe:
     def zero_stage(self) -> int:
         return cast(int, self.zero["stage"])
 
+    def lasting(self, steps: int, training: TrainingSection) -> "Recipe":
+        """The same for another number of steps, which is known only when the data are."""
+        return replace(self, steps=steps, schedule=schedule_of(training, peak=self.schedule.peak, steps=steps))
 
-def recipe_of(config: RunConfig, layout: Layout, *, steps: int, device: str) -> Recipe:
-    """The recipe for training on this layout. Raises ConfigError for what is missing, contradictory or not built."""
+
+def recipe_of(config: RunConfig, layout: Layout, *, device: str) -> Recipe:
+    """The recipe for training on this layout, of train_iters steps. Raises ConfigError for what is missing, contradictory or not built."""
     training = config.training
     optimizer, peak = optimizer_of(config)
+    steps = training.train_iters or 1
     for key in ("hidden_dropout", "attention_dropout"):
         if getattr(config.model, key):
             raise ConfigError(f"{key} is {getattr(config.model, key)} ({config.where(key)}), but dropout is not built; set it to 0")

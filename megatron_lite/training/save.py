@@ -1,0 +1,206 @@
+"""Saves while training goes on: a copy to host memory, then every rank writes its files into a folder that gets its name only when all of it is there.
+
+The ranks' writing threads meet through files: processes that train must not be kept waiting, and their communication not be mixed with theirs.
+"""
+
+import json
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_lite.checkpoint.find import CheckpointLayout
+from megatron_lite.checkpoint.write import name_latest, save
+from megatron_lite.errors import OutputError, UserError
+from megatron_lite.log import logger
+from megatron_lite.parallel.mesh import Mesh
+from megatron_lite.training.engine import Engine
+from megatron_lite.training.manifest import NAME, Entry, check_sizes, entry_of, read_entries, sync, write_entries
+from megatron_lite.training.state import read_layers
+
+STATE = "training.json"
+DRAFT, REPLACED = ".draft", ".replaced"
+PATIENCE = 1800.0  # seconds in which the slowest rank must have written its files
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a training has come; what a continued run needs beside tensors. `words` are the rows of the vocabulary that are more than filling."""
+
+    iteration: int
+    samples: int
+    updates: int
+    skipped: int
+    words: int
+    optimizer: str
+    states: tuple[str, ...]
+    loss_scaler: Mapping[str, float]
+    best_validation: float | None
+    wandb_id: str | None
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which steps stay: the last so many (None: all), and these."""
+
+    last: int | None
+    always: tuple[int, ...]
+
+
+class Saver:
+    """Writes checkpoints into a folder, one at a time, in a thread. Failures are raised by the next call."""
+
+    def __init__(self, folder: Path, mesh: Mesh, retention: Retention, *, configs: Sequence[Path] = (), with_optimizer: bool = True) -> None:
+        self.folder, self.mesh, self.retention, self.configs, self.with_optimizer = folder, mesh, retention, configs, with_optimizer
+        self._thread: threading.Thread | None = None
+        self._failure: Exception | None = None
+
+    def save(self, engine: Engine, progress: Progress) -> float:
+        """Begins to save and returns the seconds for which training stood still. Every rank calls this."""
+        started = time.monotonic()
+        self.wait()
+        final = self.folder / f"global_step{progress.iteration}"
+        draft = final.with_name(final.name + DRAFT)
+        if self.mesh.is_writer:
+            _fresh_folder(draft)
+        self.mesh.wait()
+        layout = CheckpointLayout("neox", draft, final.name, self.mesh.tp.size, ())
+        files: dict[Path, object] = {}
+        for number, weights, states in read_layers(engine):
+            files[layout.layer_file(number, self.mesh.tp.index)] = weights
+            if self.with_optimizer:
+                files[optimizer_file(layout, number, self.mesh.tp.index)] = states
+        self._thread = threading.Thread(target=self._run, args=(files, draft, final, progress), name="save")
+        self._thread.start()
+        return time.monotonic() - started
+
+    def check(self) -> None:
+        """Raises what has gone wrong in the meantime."""
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    def wait(self) -> None:
+        """Until what was begun is on the disk."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
+
+    def close(self) -> None:
+        """Nothing more will be saved."""
+
+    @property
+    def kept(self) -> str:
+        return f"saved in {self.folder}"
+
+    def _run(self, files: Mapping[Path, object], draft: Path, final: Path, progress: Progress) -> None:
+        try:
+            self._write(files, draft)
+            if self.mesh.is_writer:
+                self._publish(draft, final, progress)
+        except UserError as error:
+            self._failure = error
+        except OSError as error:
+            self._failure = OutputError(f"the checkpoint {final} cannot be written: {error.strerror or error}; free some space or choose another folder")
+
+    def _write(self, files: Mapping[Path, object], draft: Path) -> None:
+        """This rank's files, and last a list of them."""
+        for path, content in files.items():
+            save(content, path)
+            sync(path)
+        write_entries({path.name: entry_of(path) for path in files}, draft / f"rank{self.mesh.rank}.list")
+
+    def _publish(self, draft: Path, final: Path, progress: Progress) -> None:
+        """Turns the draft into a checkpoint when all ranks' lists are there."""
+        lists = [draft / f"rank{rank}.list" for rank in range(self.mesh.layout.size)]
+        _await(lambda: all(path.exists() for path in lists), f"{draft}: other processes have not written their files")
+        entries = {name: entry for path in lists for name, entry in read_entries(path).items()}
+        (draft / STATE).write_text(json.dumps(asdict(progress), indent=1), encoding="utf-8")
+        for config in self.configs:
+            (draft / "configs").mkdir(exist_ok=True)
+            shutil.copyfile(config, draft / "configs" / config.name)
+        sync(draft / STATE)
+        entries[STATE] = entry_of(draft / STATE)
+        for path in lists:
+            path.unlink()
+        write_entries(entries, draft / NAME)
+        _put_in_place(draft, final)
+        name_latest(self.folder, final.name)
+        sync(self.folder)
+        logger.info(f"saved {final}: {_size(entries):.2f} GB")
+        self._delete_old(progress.iteration)
+
+    def _delete_old(self, newest: int) -> None:
+        if self.retention.last is None:
+            return
+        steps = sorted(step for path in self.folder.glob("global_step*") if (step := step_of(path)) is not None and step <= newest)
+        for step in steps[: -self.retention.last]:
+            if step not in self.retention.always:
+                _delete(self.folder / f"global_step{step}")
+
+
+def optimizer_file(layout: CheckpointLayout, number: int, part: int) -> Path:
+    return layout.folder / f"optimizer-layer_{number:02d}-model_{part:02d}.pt"
+
+
+def step_of(path: Path) -> int | None:
+    """The step of a finished checkpoint's folder."""
+    digits = path.name.removeprefix("global_step")
+    return int(digits) if digits.isdigit() else None
+
+
+def recover(folder: Path) -> None:
+    """Finishes or clears away what a killed run left in its folder: drafts that were complete get their name, others go."""
+    for draft in sorted(folder.glob(f"global_step*{DRAFT}")):
+        if (draft / NAME).exists() and check_sizes(draft):
+            final = draft.with_name(draft.name.removesuffix(DRAFT))
+            _put_in_place(draft, final)
+            name_latest(folder, final.name)
+        else:
+            shutil.rmtree(draft)
+    for old in folder.glob(f"global_step*{REPLACED}"):
+        shutil.rmtree(old)
+
+
+def _put_in_place(draft: Path, final: Path) -> None:
+    """Gives the folder its name. Where that is taken by an earlier run, recover() finishes what a kill in between interrupts."""
+    if final.exists():
+        replaced = final.with_name(final.name + REPLACED)
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
+        draft.rename(final)
+        shutil.rmtree(replaced)
+    else:
+        draft.rename(final)
+    sync(final.parent)
+
+
+def _delete(folder: Path) -> None:
+    """Takes the name away first, so that no half a checkpoint is ever found."""
+    doomed = folder.with_name(folder.name + REPLACED)
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _fresh_folder(draft: Path) -> None:
+    try:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+    except OSError as error:
+        raise OutputError(f"the checkpoint folder {draft} cannot be made: {error.strerror}; set save to a folder that can be written") from None
+
+
+def _await(ready: Callable[[], bool], otherwise: str) -> None:
+    end = time.monotonic() + PATIENCE
+    while not ready():
+        if time.monotonic() > end:
+            raise OutputError(f"{otherwise} after {PATIENCE:.0f} s; all hosts must see the same folder")
+        time.sleep(0.02)
+
+
+def _size(entries: Mapping[str, Entry]) -> float:
+    return sum(entry.bytes for entry in entries.values()) / 1e9

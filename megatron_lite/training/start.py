@@ -1,0 +1,191 @@
+"""From a configuration to an engine that stands where training begins: new weights, those of a checkpoint, or a training that goes on."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from megatron_lite.checkpoint.load import load_layers, vocabulary_rows
+from megatron_lite.config.sections import RunConfig
+from megatron_lite.data.batches import Batches
+from megatron_lite.data.packing import Packing
+from megatron_lite.data.sources import Purpose, TrainingData, open_data
+from megatron_lite.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_lite.errors import CheckpointError, ConfigError
+from megatron_lite.log import logger
+from megatron_lite.models.architecture import Architecture, architecture_named
+from megatron_lite.models.spec import DType, ModelSpec, spec_of
+from megatron_lite.parallel.layout import Layout, check_cut, stage_numbers
+from megatron_lite.parallel.mesh import Mesh, build_mesh, joined_world
+from megatron_lite.run import Run, prepare
+from megatron_lite.training.engine import Engine, start_engine
+from megatron_lite.training.fresh import draw_layer
+from megatron_lite.training.recipe import Recipe, recipe_of
+from megatron_lite.training.resume import read_progress, restore
+from megatron_lite.training.save import STATE, Progress, recover, step_of
+from megatron_lite.training.stage import TrainedStage, make_trainable
+from megatron_lite.training.state import MASTER, write_masters
+
+FORMATS: dict[torch.dtype, DType] = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
+Beginning = Literal["new weights", "weights of a checkpoint", "a training that goes on"]
+
+
+@dataclass(frozen=True)
+class Training:
+    """Everything a training needs. `run` is the checkpoint it begins with, None for new weights; `words` the rows of the vocabulary that mean something."""
+
+    config: RunConfig
+    mesh: Mesh
+    spec: ModelSpec
+    recipe: Recipe
+    tokenizer: Tokenizer
+    data: TrainingData
+    run: Run | None
+    beginning: Beginning
+    progress: Progress
+
+    @property
+    def architecture(self) -> Architecture:
+        return architecture_named(self.config.model.family)
+
+    @property
+    def tied_head(self) -> int | None:
+        return self.spec.head_number if self.spec.tied_head else None
+
+    def batches(self, purpose: Purpose, samples: int) -> Batches | None:
+        """The data for this purpose, enough for so many samples."""
+        source = self.data.source(purpose, samples)
+        unlearned = self.tokenizer.eod if self.config.data.eod_mask_loss else None
+        return None if source is None else Batches(source, vocab=self.progress.words, unlearned_after=unlearned)
+
+
+@contextmanager
+def open_training(config: RunConfig) -> Iterator[Training]:
+    """Joins the other processes and reads everything but weights. Raises UserError where the parts do not fit together."""
+    with joined_world() as (rank, world, device):
+        pp, tp = max(1, config.parallel.pipe_parallel_size), config.parallel.model_parallel_size
+        layout = Layout(pp=pp, dp=max(1, world // (pp * tp)), tp=tp)
+        spec = spec_of(config.model, vocab=0, dtype="float32")
+        check_cut(layout, heads=spec.heads, kv_heads=spec.kv_heads, ffn=spec.ffn, layers=spec.layers)
+        yield settle(config, build_mesh(layout, rank=rank, device=device))
+
+
+def settle(config: RunConfig, mesh: Mesh) -> Training:
+    """The training of these settings on processes that have joined already."""
+    recipe = recipe_of(config, mesh.layout, device=mesh.device.type)  # its problems come before any work
+    _tidy(config, mesh)
+    beginning = _beginning(config)
+    run = None if beginning == "new weights" else prepare(config, mesh)
+    tokenizer = run.tokenizer if run else load_tokenizer(config.tokenizer)
+    rows = vocabulary_rows(run.source) if run else _new_rows(config, tokenizer, mesh.tp.size)
+    progress = _progress(run, beginning, recipe, words=rows, with_optimizer=not config.checkpoint.no_load_optim)
+    spec = run.spec if run else spec_of(config.model, vocab=rows, dtype="float32")
+    packing = Packing(config.model.seq_length, config.training.seed, config.data.pack_impl, config.data.allow_chopped)
+    data = open_data(config.data, packing, tokenizer, vocab=progress.words)
+    recipe = recipe.lasting(_steps(config, recipe, data), config.training)
+    return Training(config, mesh, replace(spec, dtype=FORMATS[recipe.dtype]), recipe, tokenizer, data, run, beginning, progress)
+
+
+def _tidy(config: RunConfig, mesh: Mesh) -> None:
+    """Clears up after a killed run, and keeps a new one from overwriting an old one."""
+    save, load = config.checkpoint.save, config.checkpoint.load
+    if save is None or not save.is_dir():
+        return
+    if mesh.is_writer:
+        recover(save)
+    mesh.wait()
+    steps = sorted(step for path in save.glob("global_step*") if (step := step_of(path)) is not None)
+    same = load is not None and load.resolve() == save.resolve()
+    if steps and (not same or config.checkpoint.finetune):
+        raise CheckpointError(
+            f"save names {save}, which holds checkpoints already (the last is global_step{steps[-1]}); to go on from there say load={save} finetune=false, "
+            "else choose another folder"
+        )
+
+
+def _beginning(config: RunConfig) -> Beginning:
+    load, save = config.checkpoint.load, config.checkpoint.save
+    if load is None:
+        return "new weights"
+    if config.checkpoint.finetune:
+        return "weights of a checkpoint"
+    if load == save and config.checkpoint.iteration is None and not (load / "latest").exists():
+        logger.info(f"{load} holds no checkpoint yet: training starts with new weights")
+        return "new weights"
+    return "a training that goes on"
+
+
+def _new_rows(config: RunConfig, tokenizer: Tokenizer, tp: int) -> int:
+    """Rows of a new embedding, by NeoX's rule."""
+    section = config.tokenizer
+    if section.padded_vocab_size is not None:
+        if section.padded_vocab_size < tokenizer.vocab_size or section.padded_vocab_size % tp:
+            raise ConfigError(
+                f"padded_vocab_size is {section.padded_vocab_size} ({config.where('padded_vocab_size')}); the tokenizer has {tokenizer.vocab_size} "
+                f"entries and model-parallel-size is {tp}: a multiple of {tp} from {tokenizer.vocab_size} on is needed"
+            )
+        return section.padded_vocab_size
+    multiple = section.make_vocab_size_divisible_by * tp
+    return -(-tokenizer.vocab_size // multiple) * multiple
+
+
+def _progress(run: Run | None, beginning: Beginning, recipe: Recipe, *, words: int, with_optimizer: bool) -> Progress:
+    fresh = Progress(0, 0, 0, 0, words, recipe.optimizer.kind, (), {}, None, None)
+    if run is None or beginning != "a training that goes on":
+        return fresh
+    if with_optimizer or (run.checkpoint.folder / STATE).exists():
+        return read_progress(run.checkpoint)
+    step = step_of(run.checkpoint.folder) or 0
+    return replace(fresh, iteration=step, samples=step * recipe.batching.samples)
+
+
+def _steps(config: RunConfig, recipe: Recipe, data: TrainingData) -> int:
+    if config.training.train_iters:
+        return config.training.train_iters
+    if config.training.train_epochs:
+        return max(1, config.training.train_epochs * data.samples_per_epoch() // recipe.batching.samples)
+    raise ConfigError("neither train_iters nor train_epochs is set; say how long to train, for instance train_iters: 1000")
+
+
+def build_engine(training: Training) -> Engine:
+    """This rank's layers in an engine, as the training begins with them."""
+    mesh, recipe, run = training.mesh, training.recipe, training.run
+    numbers = stage_numbers(training.spec.layers, mesh.layout.pp)[mesh.pp.index]
+    layers = _loaded(training, run, numbers) if run else _drawn(training, numbers)
+    averaged = [make_trainable(layer, mesh.tp) for layer in layers.values()]
+    if any(averaged):
+        logger.info("norms that had drifted apart between the saved ranks are averaged: they train as one from here on")
+    engine = start_engine(TrainedStage(layers, recompute=recipe.recompute), mesh, recipe, words=training.progress.words, tied_head=training.tied_head)
+    if run is not None and training.progress.updates:
+        if not training.config.checkpoint.no_load_optim:
+            restore(engine, run.checkpoint, training.progress)
+    elif run is not None and recipe.dtype != torch.float32:
+        write_masters(engine, lambda number: _in_fp32(run, number))  # else they would be what was rounded to half precision
+    return engine
+
+
+def _in_fp32(run: Run, number: int) -> Mapping[str, Mapping[str, list[Tensor]]]:
+    return {path: {MASTER: [part.float() for part in parts]} for path, parts in run.source.shards(number).items()}
+
+
+def _loaded(training: Training, run: Run, numbers: list[int]) -> dict[int, nn.Module]:
+    plan = training.architecture.plan(training.spec, training.mesh.tp)
+    device, dtype = training.mesh.device, training.recipe.dtype
+    return load_layers(plan, numbers, run.source, tp=training.mesh.tp, dtype=dtype, device=device, progress=lambda count: None)
+
+
+def _drawn(training: Training, numbers: list[int]) -> dict[int, nn.Module]:
+    """New layers, in the number format of training."""
+    mesh, spec = training.mesh, training.spec
+    plan = training.architecture.plan(spec, mesh.tp)
+    layers: dict[int, nn.Module] = {}
+    for number in numbers:
+        layer = layers[number] = plan[number]()
+        draw_layer(layer, number, model=training.config.model, spec=spec, seed=training.recipe.seed, tp=mesh.tp)
+        layer.to(mesh.device, training.recipe.dtype)
+    if training.tied_head in layers and 0 in layers:
+        layers[spec.head_number].get_submodule("word_embeddings").weight = layers[0].get_submodule("word_embeddings").weight
+    return layers

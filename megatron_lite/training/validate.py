@@ -1,0 +1,54 @@
+"""Loss on held-out samples, the same ones every time, and the best there was."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from megatron_lite.data.batches import Batches, TokenBatch
+from megatron_lite.data.sources import Purpose
+from megatron_lite.log import logger
+from megatron_lite.training.engine import Engine
+from megatron_lite.training.start import Training
+
+Evaluate = Callable[[Engine, int], Mapping[str, float]]
+"""Scores the model as it is after a step, for eval_tasks: names such as eval/piqa_acc."""
+
+
+@dataclass(frozen=True)
+class Validator:
+    """Measures losses of the model that the engine holds."""
+
+    training: Training
+    engine: Engine
+
+    def is_due(self, iteration: int) -> bool:
+        section = self.training.config.training
+        return section.do_valid is not False and section.eval_interval is not None and iteration % section.eval_interval == 0
+
+    def loss(self, purpose: Purpose) -> float | None:
+        """The mean loss of eval_iters steps' worth of samples; None where there are no data for this purpose."""
+        section, batching = self.training.config.training, self.training.recipe.batching
+        count = (1 if section.check else section.eval_iters) * batching.accumulation
+        batches = self.training.batches(purpose, count * batching.micro * batching.replicas)
+        return None if batches is None else self.engine.validate(stream(self.training, batches, 0), count)
+
+    def look_at_start(self) -> None:
+        """The loss of the first step's samples before anything is trained: of weights that were loaded it must be better than guessing."""
+        training = self.training
+        batches = training.batches("train", training.recipe.steps * training.recipe.batching.samples)
+        if batches is None or training.beginning != "weights of a checkpoint":
+            return
+        loss = self.engine.validate(stream(training, batches, training.progress.samples), training.recipe.batching.accumulation)
+        guessing = math.log(training.progress.words)
+        logger.info(f"loss before training: {loss:.4f}")
+        if not loss < guessing:
+            logger.warning(
+                f"the loaded model does no better than guessing (loss {loss:.2f}, guessing {guessing:.2f}); is the tokenizer the model's own, and are "
+                "rotary_pct, bias_gelu_fusion and gpt_j_residual those it was trained with?"
+            )
+
+
+def stream(training: Training, batches: Batches, consumed: int) -> Iterator[TokenBatch]:
+    """This replica's micro batches from there on."""
+    dp = training.mesh.dp
+    return batches.stream(consumed, training.recipe.batching.micro, index=dp.index, size=dp.size)

@@ -1,0 +1,25 @@
+#!/usr/bin/env python3
+"""Trains or fine-tunes a model: ./deepy.py train.py configs/20B.yml configs/finetune.yml"""
+
+import sys
+from pathlib import Path
+
+# last, because a top-level evaluate.py must not shadow the `evaluate` package that lm-eval imports
+ROOT = str(Path(__file__).resolve().parent)
+sys.path[:] = [*(folder for folder in sys.path if folder != ROOT), ROOT]
+
+from launcher.command import Command  # noqa: E402
+from launcher.worker import work  # noqa: E402
+
+
+def main(command: Command) -> None:
+    from megatron_lite.config.load import load_config
+    from megatron_lite.log import set_up_logging
+    from megatron_lite.training.train import train
+
+    set_up_logging()
+    train(load_config(command.configs, command.overrides))
+
+
+if __name__ == "__main__":
+    work(main, script="train")
