@@ -1,13 +1,14 @@
 """What config.json of a Hugging Face folder says about the model, held against our configuration."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import isclose
 from pathlib import Path
+from typing import cast
 
 from megatron_lite.errors import CheckpointError
 from megatron_lite.models.architecture import Architecture
-from megatron_lite.models.spec import Activation, ModelSpec
+from megatron_lite.models.spec import Activation, DType, Family, ModelSpec
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ DEFAULTS: dict[str, dict[str, object]] = {
     "gptj": {"tie_word_embeddings": False, "layer_norm_epsilon": 1e-5, "rotary_dim": 64, "activation_function": "gelu_new"},
     "llama": {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "hidden_act": "silu"},
 }
+FAMILIES: dict[str, Family] = {"gpt_neox": "neox", "gptj": "gptj", "llama": "llama"}
 ACTIVATIONS: dict[object, Activation] = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "silu": "silu"}
 FORMS_OF_GELU: set[Activation] = {"gelu", "gelu_tanh"}
 
@@ -104,3 +106,36 @@ def _same(theirs: object, ours: object) -> bool:
     if isinstance(theirs, float) and isinstance(ours, float):
         return isclose(theirs, ours, rel_tol=1e-6)
     return theirs == ours
+
+
+def stated_spec(folder: Path, *, dtype: DType) -> ModelSpec:
+    """The model that config.json describes; raises CheckpointError for one that is not built."""
+    stated, path = stated_facts(folder), folder / "config.json"
+    family = FAMILIES.get(str(stated.get("model_type")))
+    if family is None:
+        raise CheckpointError(f"{path} is of a {stated.get('model_type')} model; built are {', '.join(FAMILIES)}")
+    known = {fact.field: next((stated[key] for key in fact.keys if stated.get(key) is not None), None) for fact in FACTS}
+    if missing := [fact.keys[0] for fact in FACTS[:3] if known[fact.field] is None]:
+        raise CheckpointError(f"{path} does not say {', '.join(missing)}; fetch it again")
+    layers, hidden, heads = (cast(int, known[field]) for field in ("layers", "hidden", "heads"))
+    head_dim = hidden // heads
+    share = cast(float, 1.0 if known["rotary_share"] is None else known["rotary_share"])
+    spec = ModelSpec(
+        layers=layers,
+        hidden=hidden,
+        heads=heads,
+        kv_heads=cast(int, known["kv_heads"] or heads),
+        head_dim=head_dim,
+        ffn=cast(int, known["ffn"] or 4 * hidden),
+        vocab=0,
+        max_positions=cast(int, stated.get("max_position_embeddings", stated.get("n_positions", 2048))),
+        rotary_dim=cast(int, known["rotary_dim"]) if family == "gptj" else int(head_dim * share),
+        rotary_base=cast(float, known["rotary_base"] or 10000.0),
+        norm_eps=cast(float, known["norm_eps"]),
+        activation="silu" if family == "llama" else "gelu",
+        parallel_residual=family == "gptj" or bool(known["parallel_residual"]),
+        tied_head=bool(known["tied_head"]),
+        dtype=dtype,
+        family=family,
+    )
+    return replace(spec, activation=stated_activation(folder, spec))

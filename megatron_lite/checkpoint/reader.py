@@ -119,7 +119,7 @@ class Reader:
             block.result()
             progress(size)
 
-    @torch.no_grad()
+    @torch.inference_mode()  # of a caller in this mode the target is such a tensor, and this thread would not know
     def _move(self, source: Range, target: Tensor) -> None:
         buffer = self.buffers.get()
         try:

@@ -18,11 +18,12 @@ LayerPlan = dict[int, "partial[nn.Module]"]
 
 @dataclass(frozen=True)
 class Architecture:
-    """One family of models: its layers, its names in Hugging Face folders, and the model_type those folders state."""
+    """One family of models: its layers, and its names, config.json and model_type in Hugging Face folders."""
 
     name: str
     plan: Callable[[ModelSpec, Axis], LayerPlan]
     huggingface: Callable[[ModelSpec], WeightMap]
+    config: Callable[[ModelSpec], dict[str, object]]
     model_type: str
 
 

@@ -75,4 +75,19 @@ def huggingface(spec: ModelSpec) -> WeightMap:
     return names
 
 
-ARCHITECTURE = Architecture("gptj", plan, huggingface, "gptj")
+def config(spec: ModelSpec) -> dict[str, object]:
+    return {
+        "architectures": ["GPTJForCausalLM"],
+        "n_layer": spec.layers,
+        "n_embd": spec.hidden,
+        "n_head": spec.heads,
+        "n_inner": spec.ffn,
+        "rotary_dim": spec.rotary_dim,
+        "n_positions": spec.max_positions,
+        "activation_function": "gelu_new" if spec.activation == "gelu_tanh" else "gelu",
+        "layer_norm_epsilon": spec.norm_eps,
+        "tie_word_embeddings": False,
+    }
+
+
+ARCHITECTURE = Architecture("gptj", plan, huggingface, config, "gptj")

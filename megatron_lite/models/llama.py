@@ -91,12 +91,13 @@ def plan(spec: ModelSpec, tp: Axis) -> LayerPlan:
 
 def huggingface(spec: ModelSpec) -> WeightMap:
     names: WeightMap = {(0, "word_embeddings.weight"): Same("model.embed_tokens.weight"), (spec.norm_number, "norm.scale"): Same("model.norm.weight")}
+    groups = (spec.heads, spec.kv_heads, spec.kv_heads)
     for number in range(2, spec.layers + 2):
         layer = f"model.layers.{number - 2}"
         parts = tuple(f"{layer}.self_attn.{kind}_proj.weight" for kind in "qkv")
-        names[number, "attention.query_key_value.weight"] = ByHead(parts, spec.heads) if spec.kv_heads == spec.heads else Stacked(*parts)
+        names[number, "attention.query_key_value.weight"] = ByHead(parts, spec.heads) if spec.kv_heads == spec.heads else Stacked(parts, groups)
         names[number, "attention.dense.weight"] = Same(f"{layer}.self_attn.o_proj.weight")
-        names[number, "mlp.dense_h_to_4h.weight"] = Stacked(f"{layer}.mlp.up_proj.weight", f"{layer}.mlp.gate_proj.weight")
+        names[number, "mlp.dense_h_to_4h.weight"] = Stacked((f"{layer}.mlp.up_proj.weight", f"{layer}.mlp.gate_proj.weight"), (1, 1))
         names[number, "mlp.dense_4h_to_h.weight"] = Same(f"{layer}.mlp.down_proj.weight")
         for norm in ("input_layernorm", "post_attention_layernorm"):
             names[number, f"{norm}.scale"] = Same(f"{layer}.{norm}.weight")
@@ -105,4 +106,24 @@ def huggingface(spec: ModelSpec) -> WeightMap:
     return names
 
 
-ARCHITECTURE = Architecture("llama", plan, huggingface, "llama")
+def config(spec: ModelSpec) -> dict[str, object]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "num_hidden_layers": spec.layers,
+        "hidden_size": spec.hidden,
+        "num_attention_heads": spec.heads,
+        "num_key_value_heads": spec.kv_heads,
+        "head_dim": spec.head_dim,
+        "intermediate_size": spec.ffn,
+        "hidden_act": "silu",
+        "max_position_embeddings": spec.max_positions,
+        "rms_norm_eps": spec.norm_eps,
+        "tie_word_embeddings": spec.tied_head,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "rope_theta": spec.rotary_base,
+        "rope_parameters": {"rope_type": "default", "rope_theta": spec.rotary_base},
+    }
+
+
+ARCHITECTURE = Architecture("llama", plan, huggingface, config, "llama")

@@ -150,4 +150,24 @@ BLOCK_NAMES = [
     for kind in ("weight", "bias")
 ]
 
-ARCHITECTURE = Architecture("neox", plan, huggingface, "gpt_neox")
+def config(spec: ModelSpec) -> dict[str, object]:
+    rotary = spec.rotary_dim / spec.head_dim
+    return {
+        "architectures": ["GPTNeoXForCausalLM"],
+        "num_hidden_layers": spec.layers,
+        "hidden_size": spec.hidden,
+        "num_attention_heads": spec.heads,
+        "intermediate_size": spec.ffn,
+        "hidden_act": "gelu_fast" if spec.activation == "gelu_tanh" else "gelu",
+        "max_position_embeddings": spec.max_positions,
+        "layer_norm_eps": spec.norm_eps,
+        "use_parallel_residual": spec.parallel_residual,
+        "tie_word_embeddings": spec.tied_head,
+        # both spellings: transformers 4 reads the first two, transformers 5 the third
+        "rotary_pct": rotary,
+        "rotary_emb_base": spec.rotary_base,
+        "rope_parameters": {"rope_type": "default", "rope_theta": spec.rotary_base, "partial_rotary_factor": rotary},
+    }
+
+
+ARCHITECTURE = Architecture("neox", plan, huggingface, config, "gpt_neox")

@@ -1,0 +1,120 @@
+"""Any checkpoint -> layer files of any cut, or a Hugging Face folder: one layer in memory at a time, and nothing that looks complete until it is."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_lite.checkpoint.source import Source
+from megatron_lite.checkpoint.write import name_latest, step_folder, write_layer
+from megatron_lite.errors import CheckpointError, OutputError
+from megatron_lite.models.architecture import Architecture
+from megatron_lite.models.spec import ModelSpec
+from megatron_lite.parallel.layout import stage_numbers
+from megatron_lite.parallel.mesh import Axis
+from megatron_lite.parallel.shards import RankLocal, Replicate, Rule, take
+
+Progress = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint to convert, and what it is."""
+
+    source: Source
+    architecture: Architecture
+    spec: ModelSpec
+
+    def layers(self) -> Iterator[tuple[int, dict[str, tuple[Rule, list[Tensor]]]]]:
+        """Number -> name -> how it is cut and its stored parts, for every layer that has weights of its own."""
+        plan = self.architecture.plan(self.spec, Axis("tp"))
+        for number in stage_numbers(self.spec.layers, 1)[0]:
+            if number == self.spec.head_number and self.spec.tied_head:
+                continue
+            with torch.device("meta"):
+                layer = plan[number]()
+            shards, found = self.source.shards(number), {}
+            for path, _ in layer.named_parameters():
+                module, _, name = path.rpartition(".")
+                if path not in shards:
+                    raise CheckpointError(f"{self.source.place(number)} lacks {path}; is it a checkpoint of this architecture?")
+                found[path] = (cast(dict[str, Rule], layer.get_submodule(module).rules)[name], list(shards[path]))
+            yield number, found
+
+
+def to_neox(model: Model, folder: Path, *, tp: int, step: int, dtype: torch.dtype, progress: Progress) -> list[str]:
+    """Writes folder/global_stepN cut for `tp`, `latest` last. Returns the names of tensors whose copies differed and were averaged."""
+    layout = step_folder(folder, step, tp=tp)
+    averaged = []
+    for number, tensors in model.layers():
+        averaged += [f"layer {number} {name}" for name, (rule, stored) in tensors.items() if _drifted(rule, stored, tp)]
+        for part in range(tp):
+            mine = {name: take(_single(rule), stored, part, tp).to(dtype).clone() for name, (rule, stored) in tensors.items()}
+            write_layer(layout, number, part, mine)
+            progress(sum(tensor.nbytes for tensor in mine.values()))
+    name_latest(folder, layout.tag)
+    return averaged
+
+
+def to_huggingface(model: Model, folder: Path, *, dtype: torch.dtype, extra: Mapping[str, object], progress: Progress) -> list[str]:
+    """Writes a folder that transformers' from_pretrained reads: a safetensors file per layer, their index and config.json, with `extra` in it.
+    Returns the names of tensors whose copies differed and were averaged."""
+    names = model.architecture.huggingface(model.spec)
+    count = len(stage_numbers(model.spec.layers, 1)[0]) - model.spec.tied_head
+    index: dict[str, str] = {}
+    averaged, total = [], 0
+    with appearing(folder) as partial:
+        for position, (number, tensors) in enumerate(model.layers(), start=1):
+            averaged += [f"layer {number} {name}" for name, (rule, stored) in tensors.items() if _drifted(rule, stored, 1)]
+            file = f"model-{position:05d}-of-{count:05d}.safetensors"
+            parts: dict[str, Tensor] = {}
+            for name, (rule, stored) in tensors.items():
+                whole = _single(rule).merge(stored).to(dtype)
+                parts |= {theirs: part.contiguous().clone() for theirs, part in names[number, name].take_apart(whole).items()}
+            save_file(parts, partial / file, {"format": "pt"})
+            index |= dict.fromkeys(parts, file)
+            size = sum(part.nbytes for part in parts.values())
+            total += size
+            progress(size)
+        rows = sum(len(shard) for shard in model.source.shards(0)["word_embeddings.weight"])
+        config = {"model_type": model.architecture.model_type, "vocab_size": rows, "dtype": str(dtype).removeprefix("torch."), **extra}
+        _write_json(partial / "config.json", {**model.architecture.config(model.spec), **config, "torch_dtype": config["dtype"]})
+        _write_json(partial / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
+    return averaged
+
+
+@contextmanager
+def appearing(folder: Path) -> Iterator[Path]:
+    """A folder to write into that gets its name only when all is written; what an interruption leaves is called .partial."""
+    if folder.exists() and any(folder.iterdir()):
+        raise OutputError(f"{folder} exists and is not empty; choose another folder, or delete it first")
+    partial = folder.with_name(folder.name + ".partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        if folder.exists():
+            folder.rmdir()
+        partial.replace(folder)
+    except OSError as error:
+        raise OutputError(f"{partial} cannot be written: {error.strerror or error}; free some space or choose another folder") from None
+
+
+def _single(rule: Rule) -> Rule:
+    """The formats know one norm for all ranks of a cut."""
+    return Replicate() if isinstance(rule, RankLocal) else rule
+
+
+def _drifted(rule: Rule, stored: list[Tensor], tp: int) -> bool:
+    return isinstance(rule, Replicate) and tp % len(stored) != 0 and not all(torch.equal(stored[0], other) for other in stored[1:])
+
+
+def _write_json(path: Path, content: Mapping[str, object]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

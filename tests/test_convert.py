@@ -1,0 +1,151 @@
+"""Conversions there and back, to the bit where arithmetic allows, and bounded where it does not."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_lite.checkpoint.config_json import stated_spec
+from megatron_lite.checkpoint.convert import Model, to_huggingface, to_neox
+from megatron_lite.checkpoint.find import CheckpointLayout, find_checkpoint
+from megatron_lite.checkpoint.load import open_source
+from megatron_lite.errors import OutputError
+from megatron_lite.models.architecture import architecture_named
+from megatron_lite.models.spec import ModelSpec
+from megatron_lite.parallel.mesh import single_mesh
+from tests.models import SMALL, logits, write_random
+from tests.test_families import SPECS, stage_of, twin, write_layer_files
+from tools.convert import main
+
+ALL = {"NeoX": SMALL, "NeoX, sequential": replace(SMALL, parallel_residual=False), "NeoX, tied head": replace(SMALL, tied_head=True), **SPECS}
+
+
+def model_of(layout: CheckpointLayout, spec: ModelSpec) -> Model:
+    architecture = architecture_named(spec.family)
+    return Model(open_source(layout, architecture, spec), architecture, spec)
+
+
+def neox(layout: CheckpointLayout, spec: ModelSpec, folder: Path, tp: int) -> CheckpointLayout:
+    to_neox(model_of(layout, spec), folder, tp=tp, step=3, dtype=torch.float32, progress=lambda count: None)
+    return find_checkpoint(folder)
+
+
+def hugging(layout: CheckpointLayout, spec: ModelSpec, folder: Path) -> CheckpointLayout:
+    to_huggingface(model_of(layout, spec), folder, dtype=torch.float32, extra={}, progress=lambda count: None)
+    return find_checkpoint(folder)
+
+
+def contents(layout: CheckpointLayout) -> dict[str, Tensor]:
+    files = sorted(layout.folder.glob("layer_*.pt"))
+    return {f"{file.name} {name}": tensor for file in files for name, tensor in torch.load(file).items()}
+
+
+def same(one: CheckpointLayout, other: CheckpointLayout) -> bool:
+    a, b = contents(one), contents(other)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture
+def start(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[CheckpointLayout, ModelSpec]:
+    """A model in one piece, as layer files."""
+    spec = ALL[request.param]
+    if spec.family == "neox":
+        return write_random(tmp_path / "start", spec, tp=1), spec
+    twin(spec).save_pretrained(tmp_path / "twin")  # pyright: ignore[reportCallIssue]
+    whole = stage_of(find_checkpoint(tmp_path / "twin"), spec, single_mesh())
+    return write_layer_files(tmp_path / "start", whole, spec, tp=1), spec
+
+
+@pytest.mark.parametrize("start", ALL, indirect=True)
+def test_there_and_back_through_hugging_face_is_exact(start: tuple[CheckpointLayout, ModelSpec], tmp_path: Path) -> None:
+    layout, spec = start
+    folder = hugging(layout, spec, tmp_path / "hf")
+    assert replace(stated_spec(folder.folder, dtype="float32"), vocab=spec.vocab) == spec
+    assert same(neox(folder, spec, tmp_path / "back", tp=1), layout)
+
+
+@pytest.mark.parametrize("start", ALL, indirect=True)
+def test_cuts_one_after_the_other_end_where_they_began(start: tuple[CheckpointLayout, ModelSpec], tmp_path: Path) -> None:
+    layout, spec = start
+    two = neox(layout, spec, tmp_path / "2", tp=2)
+    again = neox(neox(neox(two, spec, tmp_path / "1", tp=1), spec, tmp_path / "4", tp=4), spec, tmp_path / "22", tp=2)
+    assert same(again, two)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_transformers_reads_what_is_written_with_the_same_logits(name: str, tmp_path: Path) -> None:
+    import transformers
+
+    spec = ALL[name]
+    if spec.family == "neox":
+        layout = write_random(tmp_path / "start", spec, tp=1)
+    else:
+        twin(spec).save_pretrained(tmp_path / "start")  # pyright: ignore[reportCallIssue]
+        layout = find_checkpoint(tmp_path / "start")
+    folder = hugging(layout, spec, tmp_path / "hf")
+    tokens = torch.randint(160, (2, 33), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        found = transformers.AutoModelForCausalLM.from_pretrained(folder.folder, dtype=torch.float32)(tokens).logits
+    torch.testing.assert_close(found, logits(stage_of(layout, spec, single_mesh()), tokens, 160), atol=1e-4, rtol=0)
+
+
+def test_drifted_norms_are_averaged_said_and_no_further_from_the_copies_than_half_their_distance(tmp_path: Path) -> None:
+    layout = write_random(tmp_path / "start", SMALL, tp=2)
+    averaged = to_neox(model_of(layout, SMALL), tmp_path / "one", tp=1, step=3, dtype=torch.float32, progress=lambda count: None)
+    assert len(averaged) == 4 * SMALL.layers + 2  # two norms with weight and bias a block, and the last one
+    merged = contents(find_checkpoint(tmp_path / "one"))
+    for name, tensor in merged.items():
+        if "norm" in name:
+            first, second = (contents(layout)[name.replace("model_00", f"model_0{part}")] for part in (0, 1))
+            torch.testing.assert_close(tensor, (first + second) / 2, atol=1e-6, rtol=0)
+
+
+def test_summed_biases_are_exact_to_one_rounding(tmp_path: Path) -> None:
+    layout = write_random(tmp_path / "start", SMALL, tp=2)
+    merged = contents(neox(layout, SMALL, tmp_path / "one", tp=1))
+    for name, tensor in merged.items():
+        if name.endswith(("dense.bias", "4h_to_h.bias")):
+            terms = [contents(layout)[name.replace("model_00", f"model_0{part}")].double() for part in (0, 1)]
+            torch.testing.assert_close(tensor.double(), terms[0] + terms[1], atol=0, rtol=2**-24)
+
+
+def test_an_interrupted_conversion_leaves_nothing_that_looks_complete(tmp_path: Path) -> None:
+    layout = write_random(tmp_path / "start", SMALL, tp=1)
+
+    def stop(count: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        to_huggingface(model_of(layout, SMALL), tmp_path / "hf", dtype=torch.float32, extra={}, progress=stop)
+    assert not (tmp_path / "hf").exists()
+    with pytest.raises(KeyboardInterrupt):
+        to_neox(model_of(layout, SMALL), tmp_path / "neox", tp=2, step=3, dtype=torch.float32, progress=stop)
+    assert not (tmp_path / "neox" / "latest").exists()
+
+
+def test_a_folder_that_holds_something_is_not_overwritten(tmp_path: Path) -> None:
+    layout = write_random(tmp_path / "start", SMALL, tp=1)
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "mine.txt").write_text("keep")
+    with pytest.raises(OutputError, match="hf exists and is not empty"):
+        hugging(layout, SMALL, tmp_path / "hf")
+
+
+def test_the_tool_converts_the_bundled_model_and_verifies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = Path(__file__).parents[1]
+    words = [str(root / "checkpoints" / "tiny"), str(tmp_path / "hf"), "--to", "huggingface", "--config", str(root / "configs" / "tiny.yml"), "--verify"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "(huggingface, model-parallel-size 1)" in said
+    assert float(said.split("in fp32: ")[1]) == 0
+    assert {path.name for path in (tmp_path / "hf").iterdir()} >= {"config.json", "tokenizer.json", "model.safetensors.index.json"}
+    assert main([str(tmp_path / "hf"), str(tmp_path / "back"), "--to", "neox", "--model-parallel-size", "4"]) == 0
+    assert find_checkpoint(tmp_path / "back").tp == 4
+
+
+def test_layer_files_without_a_yaml_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_random(tmp_path / "start", SMALL, tp=1)
+    assert main([str(tmp_path / "start"), str(tmp_path / "hf"), "--to", "huggingface"]) == 2
+    assert "give its YAML with --config" in capsys.readouterr().err

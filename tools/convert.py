@@ -1,0 +1,111 @@
+#!/usr/bin/env python3
+"""Converts a checkpoint: any format and cut to NeoX layer files of any cut, or to a Hugging Face folder."""
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+ROOT = str(Path(__file__).resolve().parents[1])
+sys.path[:] = [*(folder for folder in sys.path if folder != ROOT), ROOT]  # last: evaluate.py must not shadow the `evaluate` package
+
+import torch  # noqa: E402
+
+from megatron_lite.checkpoint.config_json import stated_spec  # noqa: E402
+from megatron_lite.checkpoint.convert import Model, to_huggingface, to_neox  # noqa: E402
+from megatron_lite.checkpoint.find import CheckpointLayout, check_numbers, find_checkpoint  # noqa: E402
+from megatron_lite.checkpoint.load import load_layers, open_source, spec_as_stored, vocabulary_rows  # noqa: E402
+from megatron_lite.config.load import load_config  # noqa: E402
+from megatron_lite.config.sections import RunConfig  # noqa: E402
+from megatron_lite.errors import ConfigError, UserError  # noqa: E402
+from megatron_lite.models.architecture import Architecture, architecture_named  # noqa: E402
+from megatron_lite.models.memory import parameters  # noqa: E402
+from megatron_lite.models.spec import BYTES, ModelSpec, spec_of  # noqa: E402
+from megatron_lite.parallel.layout import Layout, check_cut, stage_numbers  # noqa: E402
+from megatron_lite.parallel.mesh import single_mesh  # noqa: E402
+from megatron_lite.progress import progress  # noqa: E402
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    options = parse(words)
+    try:
+        convert(options)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse(words: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("source", metavar="FROM", type=Path, help="folder of NeoX layer files, of a pipe-parallel-size-0 save, or of Hugging Face")
+    parser.add_argument("target", metavar="TO", type=Path, help="folder to write")
+    parser.add_argument("--to", choices=("neox", "huggingface"), required=True)
+    parser.add_argument("--config", type=Path, help="the model's YAML; a Hugging Face folder describes itself")
+    parser.add_argument("--model-parallel-size", type=int, default=1, help="cut of the layer files (default %(default)s)")
+    parser.add_argument("--dtype", choices=tuple(BYTES), help="number format to write (default: the YAML's, or the folder's first weights')")
+    parser.add_argument("--iteration", type=int, help="step to read, instead of the one that `latest` names")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer JSON to put beside the weights (default: the YAML's vocab_file)")
+    parser.add_argument("--verify", action="store_true", help="compare the logits of a few tokens through both, in fp32")
+    return parser.parse_args(words)
+
+
+def convert(options: argparse.Namespace) -> None:
+    layout = find_checkpoint(options.source, iteration=options.iteration)
+    config = load_config([options.config]) if options.config else None
+    spec = spec_of_source(layout, config)
+    check_cut(Layout(tp=options.model_parallel_size), heads=spec.heads, kv_heads=spec.kv_heads, ffn=spec.ffn, layers=spec.layers)
+    numbers = stage_numbers(spec.layers, 1)[0]
+    check_numbers(layout, numbers[:-1] if spec.tied_head else numbers, layers=spec.layers)
+    architecture = architecture_named(spec.family)
+    source = open_source(layout, architecture, spec)
+    rows = vocabulary_rows(source)
+    first = source.shards(0)["word_embeddings.weight"][0].dtype
+    dtype: torch.dtype = getattr(torch, options.dtype) if options.dtype else first
+    tp = options.model_parallel_size if options.to == "neox" else 1
+    model = Model(source, architecture, replace(spec, vocab=-(-rows // tp) * tp))
+    with progress("converting", parameters(model.spec) * dtype.itemsize) as advance:
+        if options.to == "neox":
+            step = int(layout.tag.removeprefix("global_step")) if layout.tag.removeprefix("global_step").isdigit() else 0
+            averaged = to_neox(model, options.target, tp=tp, step=step, dtype=dtype, progress=advance)
+        else:
+            averaged = to_huggingface(model, options.target, dtype=dtype, extra={}, progress=advance)
+            copy_tokenizer(options.tokenizer or (config.tokenizer.vocab_file if config else options.source / "tokenizer.json"), options.target)
+    print(f"{layout} -> {find_checkpoint(options.target)}")
+    if averaged:
+        print(f"{len(averaged)} tensors ({averaged[0]}, ...) differed between the saved ranks and are averaged: this format knows one for all of them")
+    if options.verify:
+        difference = (logits(layout, architecture, spec) - logits(find_checkpoint(options.target), architecture, spec)).abs().max().item()
+        print(f"largest difference of logits over 32 tokens, in fp32: {difference:.2e}")
+
+
+def spec_of_source(layout: CheckpointLayout, config: RunConfig | None) -> ModelSpec:
+    if config is not None:
+        return spec_as_stored(layout, spec_of(config.model, vocab=0, dtype="float32"))
+    if layout.format == "huggingface":
+        return stated_spec(layout.folder, dtype="float32")
+    raise ConfigError(f"{layout} does not say how many heads the model has, nor the form of its blocks; give its YAML with --config")
+
+
+def copy_tokenizer(path: Path | None, folder: Path) -> None:
+    if path is not None and path.is_file():
+        shutil.copy(path, folder / ("tokenizer.json" if path.suffix == ".json" else path.name))
+
+
+@torch.inference_mode()
+def logits(layout: CheckpointLayout, architecture: Architecture, spec: ModelSpec) -> torch.Tensor:
+    """Logits of 32 tokens from the whole model in fp32."""
+    source, mesh = open_source(layout, architecture, spec), single_mesh()
+    rows = vocabulary_rows(source)
+    plan = architecture.plan(replace(spec, vocab=rows), mesh.tp)
+    layers = load_layers(plan, stage_numbers(spec.layers, 1)[0], source, tp=mesh.tp, dtype=torch.float32, device=mesh.device, progress=lambda count: None)
+    x = torch.randint(min(rows, 1000), (1, 32), generator=torch.Generator().manual_seed(0))
+    for layer in layers.values():
+        x = layer(x)
+    return x[..., : min(rows, 1000)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
