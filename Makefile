@@ -41,7 +41,7 @@ clean:
 	$(INSTALL) -e .
 	@touch $@
 
-.venv/develop.stamp: $(PINS) requirements/requirements-dev.txt | $(BIN)/pip
+.venv/develop.stamp: $(PINS) requirements/requirements.txt requirements/requirements-dev.txt | $(BIN)/pip
 	$(INSTALL) -r requirements/requirements-dev.txt -e .
 	@touch $@ .venv/generate.stamp
 
