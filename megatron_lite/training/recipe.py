@@ -18,6 +18,8 @@ OPTIMIZERS: dict[str, OptimizerKind] = {
     "lion": "lion",
     "sgd": "sgd",
 }
+LOSS_SCALE = {"loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis", "consecutive_hysteresis", "min_loss_scale"}
+"""Keys of fp16 that DeepSpeed knows; files of NeoX hold others, and it would refuse them."""
 DTYPES = {"fp16": torch.float16, "bfloat16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -87,7 +89,7 @@ def recipe_of(config: RunConfig, layout: Layout, *, device: str) -> Recipe:
         recompute=training.checkpoint_num_layers if training.checkpoint_activations else 0,
         seed=training.seed,
         zero=_zero(config, layout),
-        loss_scale=_mapping(config, "fp16"),
+        loss_scale={key: value for key, value in _mapping(config, "fp16").items() if key in LOSS_SCALE},
         extra=_extra(config),
     )
 

@@ -27,13 +27,18 @@ PATIENCE = 50
 def train(config: RunConfig, *, evaluate: Evaluate | None = None) -> None:
     """Trains as the configuration says. Exits with code 75 after a save where it was asked to stop."""
     with open_training(config) as training:
-        if training.progress.iteration >= training.recipe.steps:
-            steps, load = training.recipe.steps, config.checkpoint.load
-            logger.info(f"nothing to train: {load} is at step {training.progress.iteration}, train_iters is {steps}; raise it, or set finetune: true")
-            return
-        training = identify(training)
-        with open_metrics(config.logging, told(config), folder=metrics_folder(config), is_writer=training.mesh.is_writer) as metrics:
-            Loop(training, metrics, evaluate).run()
+        run_training(training, evaluate=evaluate)
+
+
+def run_training(training: Training, *, evaluate: Evaluate | None = None) -> None:
+    """Trains to the end, or says that there is nothing to do."""
+    config, done, steps = training.config, training.progress.iteration, training.recipe.steps
+    if done >= steps:
+        logger.info(f"nothing to train: {config.checkpoint.load} is at step {done}, and train_iters is {steps}; raise it, or set finetune: true")
+        return
+    training = identify(training)
+    with open_metrics(config.logging, told(config), folder=metrics_folder(config), is_writer=training.mesh.is_writer) as metrics:
+        Loop(training, metrics, evaluate).run()
 
 
 class Loop:

@@ -1,0 +1,147 @@
+"""Whole trainings: what they report and save, how they end, and that one which was stopped goes on as if it had not been."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+import megatron_lite.training.train as loop
+from megatron_lite.checkpoint.find import find_checkpoint
+from megatron_lite.parallel.layout import Layout
+from megatron_lite.training.engine import Engine
+from tests.training_runs import losses, metrics, trained, write_training
+
+TRAIN_KEYS = {
+    "train/lm_loss",
+    "train/learning_rate",
+    "train/loss_scale",
+    "train/grad_norm",
+    "train/skipped_steps",
+    "runtime/iteration_time",
+    "runtime/steps_per_sec",
+    "runtime/samples_per_sec",
+    "runtime/tokens_per_sec",
+    "runtime/flops_per_sec_per_gpu",
+    "runtime/model_flops_utilization",
+    "runtime/hardware_flops_utilization",
+}
+
+
+def test_a_training_learns_reports_under_neox_names_and_saves(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert trained(write_training(tmp_path, peak_theoretical_tflops=1.0)) == [None]
+    lines = metrics(tmp_path)
+    assert {key for line in lines for key in line} == TRAIN_KEYS | {
+        *("time", "step", "validation/lm_loss", "validation/lm_loss_ppl", "test/lm_loss", "test/lm_loss_ppl")
+    }
+    found = losses(tmp_path)
+    assert list(found) == [1, 2, 3, 4, 5, 6]
+    assert found[6] < found[1] - 1
+    assert find_checkpoint(tmp_path / "out").numbers == (0, 2, 3, 5, 6)
+    said = capfd.readouterr().err
+    assert "new weights: steps 1 to 6 on pipe 1 x model 1, float32, ZeRO 1" in said
+    assert "trained 6 steps, 768 tokens, in " in said
+    assert f"saved in {tmp_path / 'out'}" in said
+
+
+@pytest.mark.parametrize("layout", [Layout(pp=2), pytest.param(Layout(dp=2), marks=pytest.mark.slow), Layout(tp=2)], ids=str)
+def test_the_layout_changes_nothing_of_what_is_seen_and_learned(tmp_path: Path, layout: Layout) -> None:
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    for folder, chosen in ((alone, Layout()), (together, layout)):
+        folder.mkdir()
+        assert trained(write_training(folder, train_micro_batch_size_per_gpu=2, padded_vocab_size=520), chosen) == [None] * chosen.size
+    assert losses(together) == pytest.approx(losses(alone), abs=1e-5)
+
+
+def test_a_training_that_was_stopped_goes_on_bit_by_bit(tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for folder in (whole, parts):
+        folder.mkdir()
+    trained(write_training(whole))
+    config = write_training(parts, load=str(parts / "out"))
+    assert trained(config, exit_interval=2) == [None]
+    assert losses(parts).keys() == {1, 2}
+    assert trained(config, exit_interval=4) == [None]
+    assert trained(config) == [None]
+    assert losses(parts) == losses(whole)
+
+
+def test_fine_tuning_starts_from_the_weights_at_step_one(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "base").mkdir()
+    trained(write_training(tmp_path / "base"))
+    config = write_training(tmp_path, load=str(tmp_path / "base" / "out"), finetune=True)
+    assert trained(config, Layout(tp=2)) == [None, None]
+    assert losses(tmp_path)[1] < losses(tmp_path / "base")[1] - 1
+    assert f"loss before training: {losses(tmp_path)[1]:.4f}" in capfd.readouterr().err
+
+
+def test_a_training_that_is_done_says_so(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config = write_training(tmp_path, load=str(tmp_path / "out"), train_iters=2)
+    trained(config)
+    assert trained(config) == [None]
+    assert "is at step 2, and train_iters is 2; raise it, or set finetune: true" in capfd.readouterr().err
+
+
+def test_checkpoints_of_another_training_are_not_overwritten(tmp_path: Path) -> None:
+    config = write_training(tmp_path, train_iters=1)
+    trained(config)
+    (sentence,) = trained(config)
+    assert "holds checkpoints already (the last is global_step1); to go on from there say load=" in str(sentence)
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(pp=2)], ids=str)
+def test_sigterm_to_one_process_ends_the_step_saves_and_exits_with_75(tmp_path: Path, layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Engine.step
+
+    def step_and_signal(self: Engine, *args: object, **named: object) -> object:
+        result = step(self, *args, **named)  # pyright: ignore[reportArgumentType]
+        if self.mesh.rank == self.mesh.layout.size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    monkeypatch.setattr(Engine, "step", step_and_signal)
+    assert trained(write_training(tmp_path), layout) == [75] * layout.size
+    assert (tmp_path / "out" / "latest").read_text() == "global_step1"
+    state = json.loads((tmp_path / "out" / "global_step1" / "training.json").read_text())
+    assert (state["iteration"], state["samples"], state["updates"]) == (1, 4, 1)
+
+
+def test_a_loss_that_stays_nan_ends_the_training_with_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "base").mkdir()
+    trained(write_training(tmp_path / "base", train_iters=1))
+    path = tmp_path / "base" / "out" / "global_step1" / "layer_02-model_00-model_states.pt"
+    weights = torch.load(path)
+    weights["input_layernorm.bias"].fill_(torch.nan)
+    torch.save(weights, path)
+    monkeypatch.setattr(loop, "PATIENCE", 3)
+    (sentence,) = trained(write_training(tmp_path, load=str(tmp_path / "base" / "out"), finetune=True))
+    assert str(sentence).startswith("TrainingError: 3 steps in a row were not finite, the last of them step 3; the weights are still those of step 0")
+    assert "step 2: the loss is nan; the step is skipped (2 so far)" in capfd.readouterr().err
+
+
+def test_a_check_takes_two_steps_and_leaves_no_checkpoint(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert trained(write_training(tmp_path, check=True)) == [None]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["metrics.jsonl"]
+    assert "trained 2 steps" in (said := capfd.readouterr().err)
+    assert "the check is passed" in said
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"optimizer": {"type": "OneBitAdam", "params": {"lr": 1.0}}}, "optimizer type OneBitAdam"),
+        ({"optimizer": {"type": "Adam"}}, "the optimizer's learning rate is not set"),
+        ({"train_batch_size": 5, "train_micro_batch_size_per_gpu": 2}, "train_batch_size 5"),
+        ({"train_batch_size": None}, "neither train_batch_size nor train_micro_batch_size_per_gpu is set"),
+        ({"train_iters": None}, "neither train_iters nor train_epochs is set"),
+        ({"hidden_dropout": 0.1}, "dropout is not built; set it to 0"),
+        ({"load": "nowhere", "finetune": True}, "there is no checkpoint folder nowhere"),
+        ({"data_path": None}, "no data to train on"),
+    ],
+    ids=lambda value: "",
+)
+def test_what_cannot_be_trained_is_refused_in_a_sentence(tmp_path: Path, settings: dict[str, object], sentence: str) -> None:
+    (found,) = trained(write_training(tmp_path, **settings))
+    assert sentence in str(found)
