@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from megatron_lite.checkpoint.find import CheckpointLayout, find_checkpoint
 from megatron_lite.checkpoint.load import load_layers, open_source
@@ -76,18 +77,22 @@ def as_rank_files(layout: CheckpointLayout, folder: Path) -> None:
         torch.save({"module": module}, folder / f"mp_rank_{part:02d}_model_states.pt")
 
 
-def as_bin_files(layout: CheckpointLayout, folder: Path) -> None:
-    """The same weights as a Hugging Face folder of three .bin files."""
+def as_hugging_face(layout: CheckpointLayout, folder: Path, spec: ModelSpec) -> dict[str, torch.Tensor]:
+    """Begins a Hugging Face folder with its config.json; returns the same weights under their names there."""
     folder.mkdir()
-    names = ARCHITECTURE.huggingface(spec_in(layout.folder.parent.parent / "config.yml"))
-    tensors = {made.names[0]: torch.load(layout.layer_file(number, 0), mmap=True)[name] for (number, name), made in names.items() if isinstance(made, Same)}
+    stated = {"hidden_size": spec.hidden, "num_hidden_layers": spec.layers, "num_attention_heads": spec.heads, "intermediate_size": spec.ffn}
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt_neox", "hidden_act": "gelu_fast", **stated}))
+    names = {place: made.names[0] for place, made in ARCHITECTURE.huggingface(spec).items() if isinstance(made, Same)}
+    return {stored: torch.load(layout.layer_file(number, 0), mmap=True)[name] for (number, name), stored in names.items()}
+
+
+def as_bin_files(layout: CheckpointLayout, folder: Path, spec: ModelSpec) -> None:
+    """Three .bin files with an index."""
+    tensors = as_hugging_face(layout, folder, spec)
     files = {name: f"pytorch_model-{1 + position * 3 // len(tensors):05d}-of-00003.bin" for position, name in enumerate(tensors)}
     for file in set(files.values()):
         torch.save({name: tensor for name, tensor in tensors.items() if files[name] == file}, folder / file)
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
-    spec = spec_in(layout.folder.parent.parent / "config.yml")
-    stated = {"hidden_size": spec.hidden, "num_hidden_layers": spec.layers, "num_attention_heads": spec.heads, "intermediate_size": spec.ffn}
-    (folder / "config.json").write_text(json.dumps({"model_type": "gpt_neox", "hidden_act": "gelu_fast", **stated}))
 
 
 def largest(folder: Path) -> int:
@@ -103,15 +108,17 @@ def test_layer_files_of_a_gigabyte_and_a_half_take_no_gigabyte_more_than_the_wei
 
 @pytest.fixture(scope="module")
 def middling(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The configuration of a checkpoint of 0.2 GB cut in one; beside it the same as rank files and as .bin files."""
+    """The configuration of a checkpoint of 0.2 GB that is not cut; beside it the same in every other format."""
     folder = tmp_path_factory.mktemp("middling")
     config = write(folder, layers=8, hidden=1024, tp=1)
-    as_rank_files(find_checkpoint(folder / "checkpoint"), folder / "ranks")
-    as_bin_files(find_checkpoint(folder / "checkpoint"), folder / "bins")
+    layout, spec = find_checkpoint(folder / "checkpoint"), spec_in(config)
+    as_rank_files(layout, folder / "ranks")
+    as_bin_files(layout, folder / "bins", spec)
+    save_file(as_hugging_face(layout, folder / "safetensors", spec), folder / "safetensors" / "model.safetensors")
     return config
 
 
-@pytest.mark.parametrize("kind", ["checkpoint", "ranks", "bins"])
+@pytest.mark.parametrize("kind", ["checkpoint", "ranks", "bins", "safetensors"])
 def test_no_format_takes_the_memory_of_its_largest_file_and_a_gigabyte_beside_the_weights(kind: str, middling: Path) -> None:
     for tp in (1, 4):
         held, beside = measured(middling, middling.parent / kind, tp)
