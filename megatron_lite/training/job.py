@@ -83,3 +83,5 @@ def announce(training: Training, engine: Engine) -> None:
         f"a step is {batching.samples} samples of {training.config.model.seq_length} tokens: {batching.micro} at once x {batching.accumulation} x "
         f"{batching.replicas} data-parallel; {recipe.optimizer.kind}, lr {recipe.schedule.peak:g} {recipe.schedule.style}"
     )
+    if not training.data.parts["valid"] and training.config.training.eval_interval is not None:
+        logger.info("there are no data to validate on: split leaves no document for it, or valid_data_paths is not set")

@@ -159,9 +159,8 @@ def build_engine(training: Training) -> Engine:
     if any(averaged):
         logger.info("norms that had drifted apart between the saved ranks are averaged: they train as one from here on")
     engine = start_engine(TrainedStage(layers, recompute=recipe.recompute), mesh, recipe, words=training.progress.words, tied_head=training.tied_head)
-    if run is not None and training.progress.updates:
-        if not training.config.checkpoint.no_load_optim:
-            restore(engine, run.checkpoint, training.progress)
+    if run is not None and training.beginning == "a training that goes on" and not training.config.checkpoint.no_load_optim:
+        restore(engine, run.checkpoint, training.progress)
     elif run is not None and recipe.dtype != torch.float32:
         write_masters(engine, lambda number: _in_fp32(run, number))  # else they would be what was rounded to half precision
     return engine

@@ -71,8 +71,8 @@ def write_masters(engine: Engine, shards: Shards) -> None:
 
 
 def write_states(engine: Engine, shards: Shards, *, names: list[str], count: int) -> None:
-    """Puts fp32 weights and the optimizer's state in place, from shards of any cut, as after `count` steps. Every rank calls this."""
-    for flat in _flat_parameters(engine):
+    """Puts fp32 weights and the optimizer's state in place, from shards of any cut, as after `count` steps; no names, no state yet. Every rank calls this."""
+    for flat in _flat_parameters(engine) if names else ():
         state: dict[str, Tensor] = {name: torch.zeros_like(flat) for name in names}
         if engine.recipe.optimizer.kind == "adam":
             state["step"] = torch.tensor(float(count), device=flat.device)
