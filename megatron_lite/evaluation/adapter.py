@@ -39,6 +39,7 @@ class HarnessModel(TemplateLM):
         self.batch_size = 1  # of no meaning: batches are made of tokens
         self.seed = seed
         self._encoded: dict[str, list[int]] = {}
+        self._documents = 0  # that the requests at hand belong to
 
     @property
     def eot_token_id(self) -> int:
@@ -61,15 +62,16 @@ class HarnessModel(TemplateLM):
         try:
             answers: list[tuple[float, bool]] = []
             for first in range(0, len(requests), MOST_AT_ONCE):
-                answers += super().loglikelihood(requests[first : first + MOST_AT_ONCE], disable_tqdm=True)
+                some = requests[first : first + MOST_AT_ONCE]
+                self._documents = len({(request.task_name, request.doc_id) for request in some})
+                answers += super().loglikelihood(some, disable_tqdm=True)
             return answers
         finally:
             self._encoded = {}
 
     def _loglikelihood_tokens(self, requests: Sequence[Pair], disable_tqdm: bool = True, **kwargs: object) -> list[tuple[float, bool]]:
         wanted = [TokenRequest(tuple(context), tuple(continuation)) for _, context, continuation in requests]
-        documents = len({texts[0] if texts else number for number, (texts, _, _) in enumerate(requests)})
-        scores = cast(list[Score], self.give(Scoring(wanted, documents)))
+        scores = cast(list[Score], self.give(Scoring(wanted, self._documents)))
         answers = [(score.logprob, score.is_greedy) for score in scores]
         for (texts, _, _), answer in zip(requests, answers, strict=True):
             if texts is not None:
@@ -80,6 +82,7 @@ class HarnessModel(TemplateLM):
         """Every text from its first token on, in windows of the model's length that do not overlap in what they predict."""
         texts = [str(request.args[0]) for request in requests]
         windows = [self._windows(tokens) for tokens in self.text.encode_batch(texts)]
+        self._documents = len(requests)
         scores = iter(self._loglikelihood_tokens(list(chain.from_iterable(windows))))
         totals = [sum(next(scores)[0] for _ in each) for each in windows]
         for text, total in zip(texts, totals, strict=True):

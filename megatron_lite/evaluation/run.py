@@ -19,6 +19,7 @@ from megatron_lite.evaluation.samples import sample_table, write_samples
 from megatron_lite.evaluation.tasks import Unit, find_tasks
 from megatron_lite.log import logger
 from megatron_lite.metrics.metrics import Metrics, open_metrics
+from megatron_lite.parallel.lead import on_writer
 from megatron_lite.run import Run, load_stage
 
 LOGS = Path("logs")  # where log_dir is silent
@@ -28,7 +29,8 @@ def evaluate_run(run: Run) -> str:
     """Evaluates as the configuration says. Returns the results as a text for the screen, on the writer; elsewhere an empty one."""
     config, settings, is_writer = run.config, run.config.evaluation, run.mesh.is_writer
     path = settings.results_file(time.localtime())
-    units = _prepare(run, path) if is_writer else []
+    units: list[Unit] = []
+    on_writer(run.mesh, lambda: units.extend(_prepare(run, path)))
     stage = load_stage(run)
     told = {key: value for key, value, _ in shown_settings(config)}
     folder = config.logging.log_dir or LOGS

@@ -44,7 +44,7 @@ def find_tasks(settings: EvaluationSection) -> list[Unit]:
     if settings.include_path is not None and not settings.include_path.is_dir():
         raise ConfigError(f"include_path {settings.include_path} is no folder; name the one that holds your task definitions")
     with quiet_harness():
-        finder = _Finder(settings)
+        finder = Finder(settings)
         specs = [spec for name in task_names(wanted) for spec in finder.specs(name)]
         units = [_load(finder.manager, name, spec) for name, spec in dict(specs).items()]
         for unit in units:
@@ -53,7 +53,7 @@ def find_tasks(settings: EvaluationSection) -> list[Unit]:
     return units
 
 
-class _Finder:
+class Finder:
     """Looks names up where that is cheap first: reading the index of all of lm-eval's tasks takes ten seconds or more."""
 
     def __init__(self, settings: EvaluationSection) -> None:

@@ -14,9 +14,14 @@ Result = TypeVar("Result")
 def led(mesh: Mesh, lead: Callable[[Callable[[Order], Answer]], Result], perform: Callable[[Order], Answer]) -> Result:
     """Runs `lead` on the writer alone and returns its result on every rank. Every order that it gives is performed by all ranks together, and answered.
 
-    Where `lead` fails, so does every rank. Where performing fails on one rank only, the others wait for it: its process must end.
+    A UserError of `lead` is raised on every rank. After any other failure the others wait for ever: the process that failed must end.
     """
     return _lead(mesh, lead, perform) if mesh.is_writer else cast(Result, _follow(mesh, perform))
+
+
+def on_writer(mesh: Mesh, act: Callable[[], None]) -> None:
+    """Runs `act` on the writer alone, while the others wait. Its UserError is raised on every rank."""
+    led(mesh, lambda give: act(), lambda order: None)
 
 
 def _lead(mesh: Mesh, lead: Callable[[Callable[[Order], Answer]], Result], perform: Callable[[Order], Answer]) -> Result:
@@ -32,8 +37,8 @@ def _lead(mesh: Mesh, lead: Callable[[Callable[[Order], Answer]], Result], perfo
 
     try:
         result = lead(give)
-    except Exception as error:
-        failure = error if isinstance(error, UserError) else UserError(f"rank 0 failed: {error!r}")
+    except UserError as error:
+        failure = error
         if not performing:  # else the others are in the middle of the work, and do not listen
             mesh.share_from_writer(lambda: ("failure", failure))
         raise

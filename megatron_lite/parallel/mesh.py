@@ -179,8 +179,6 @@ def joined_world(*, timeout: timedelta = timedelta(minutes=30)) -> Iterator[tupl
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length, which takes longer than a step
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout, device_id=device if device.type == "cuda" else None)
-    try:
-        yield rank, world, device
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    yield rank, world, device
+    if dist.is_initialized():  # not after a failure: neighbours would notice, and complain, before this process has said why
+        dist.destroy_process_group()
