@@ -96,7 +96,7 @@ class Decoder:
                 return
             if sum(left) < open_rows:
                 open_rows, going = sum(left), torch.tensor(left, device=text.device)
-            tokens, counts = chosen.unsqueeze(1), going
+            tokens, counts = chosen.clamp(min=0).unsqueeze(1), going  # what a row that has ended would say next does not matter
             if cache is None:
                 text = text.scatter(1, lengths.unsqueeze(1), tokens)
                 lengths = lengths + going
