@@ -77,7 +77,25 @@ def check_results(config: RunConfig) -> None:
     check_writable(config.evaluation.results_file(time.localtime()))
 
 
+def check_beginning(config: RunConfig) -> None:
+    """Whether the weights that a training begins with are there. It may begin with new ones, and go on later from where it saves."""
+    load, save = config.checkpoint.load, config.checkpoint.save
+    if load is not None and (config.checkpoint.finetune or load != save or (load / "latest").exists()):
+        check_checkpoint(config)
+
+
+def check_training_data(config: RunConfig) -> None:
+    """Whether data to train on are named, and a file of texts is there."""
+    paths = [config.data.data_path] if config.data.data_path else list(config.data.train_data_paths or ())
+    if not paths:
+        raise ConfigError("no data to train on: set data_path to a data set or a file of texts, or train_data_paths to several")
+    for path in paths:
+        if not path.is_file() and not path.with_name(path.name + ".idx").is_file():
+            raise DataError(f"there are no training data {path}: neither a file of texts nor {path.name}.bin with {path.name}.idx")
+
+
 CHECKS: dict[str, tuple[Check, ...]] = {
     "generate": (check_prompts, check_output, check_checkpoint),
+    "train": (check_beginning, check_training_data),
     "evaluate": (check_tasks, check_results, check_checkpoint),
 }

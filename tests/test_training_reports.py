@@ -7,9 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from launcher.cli import main
+from megatron_lite.config.load import load_config
+from megatron_lite.models.spec import spec_of
+from megatron_lite.training.report import flops_per_token
 from tests.disks import no_file_beyond
 from tests.training_runs import trained, write_training
 
+ROOT = Path(__file__).parents[1]
 KEYS = {
     *("train/lm_loss", "train/learning_rate", "train/loss_scale", "train/grad_norm", "train/skipped_steps"),
     *("runtime/iteration_time", "runtime/steps_per_sec", "runtime/samples_per_sec", "runtime/tokens_per_sec", "runtime/flops_per_sec_per_gpu"),
@@ -72,3 +77,27 @@ def test_a_full_disk_ends_the_training_with_the_name_of_the_file(tmp_path: Path)
     assert str(sentence).startswith("OutputError: ")
     assert "layer_00-model_00-model_states.pt cannot be written" in str(sentence)
     assert not list((tmp_path / "out").glob("latest"))
+
+
+def test_flops_of_20b_are_those_of_the_formula() -> None:
+    config = load_config([ROOT / "configs/20B.yml"])
+    spec = spec_of(config.model, vocab=50432, dtype="bfloat16")
+    assert flops_per_token(spec, 2048, recompute=False) == pytest.approx(128.1e9, rel=0.005)
+    assert flops_per_token(spec, 2048, recompute=True) == pytest.approx(4 / 3 * flops_per_token(spec, 2048, recompute=False))
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["data_path=nowhere.jsonl"], "there are no training data nowhere.jsonl: neither a file of texts nor nowhere.jsonl.bin with nowhere.jsonl.idx"),
+        ([], "no data to train on: set data_path"),
+        (["finetune=true", "load=nowhere"], "there is no checkpoint folder nowhere"),
+    ],
+    ids=lambda value: "",
+)
+def test_deepy_knows_before_any_process_starts_what_a_training_lacks(
+    tmp_path: Path, words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_training(tmp_path, data_path=None)
+    assert main(["train.py", str(config), *words]) == 2
+    assert sentence in capsys.readouterr().err

@@ -139,6 +139,7 @@ def test_a_check_takes_two_steps_and_leaves_no_checkpoint(tmp_path: Path, capfd:
         ({"hidden_dropout": 0.1}, "dropout is not built; set it to 0"),
         ({"load": "nowhere", "finetune": True}, "there is no checkpoint folder nowhere"),
         ({"data_path": None}, "no data to train on"),
+        ({"zero_optimization": {"stage": 1, "bucket": 3}}, "DeepSpeed refuses its settings: bucket; Extra inputs are not permitted"),
     ],
     ids=lambda value: "",
 )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_lite.data.batches import TokenBatch
+from megatron_lite.errors import ConfigError
 from megatron_lite.parallel.cross_entropy import cross_entropy, mean_loss
 from megatron_lite.parallel.mesh import Axis, Mesh
 from megatron_lite.training.optimizer import build_optimizer, parameter_groups, set_rate
@@ -124,17 +125,28 @@ def start_engine(stage: TrainedStage, mesh: Mesh, recipe: Recipe, *, words: int,
     join_world(mesh)
     optimizer = build_optimizer(recipe.optimizer, parameter_groups(stage, recipe.optimizer.weight_decay), rate=recipe.schedule.peak)
     parts = Parts(stage, mesh, recipe, optimizer, Loss(words, mesh.tp))
-    with quiet():
-        import deepspeed
+    try:
+        with quiet():
+            return _started(parts, tied_head)
+    except ValueError as error:
+        if type(error).__name__ != "ValidationError":  # pydantic's, which DeepSpeed reads its settings with
+            raise
+        problems = "; ".join(line.strip() for line in str(error).splitlines()[1:] if "further information" not in line)
+        raise ConfigError(f"DeepSpeed refuses its settings: {problems}; look at zero_optimization and the other keys that are handed to it") from None
 
-        if mesh.pp.size == 1:
-            started, *_ = deepspeed.initialize(model=stage, optimizer=optimizer, config=settings(recipe), mpu=Cut(mesh))
-            return PlainEngine(parts, started)
-        from megatron_lite.training.pipeline import pipeline_of
 
-        module = pipeline_of(stage, mesh.layout, mesh.pp, parts.loss, tied_head=tied_head)
-        started, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings(recipe))
-        return PipelineEngine(parts, started)
+def _started(parts: Parts, tied_head: int | None) -> Engine:
+    import deepspeed
+
+    stage, mesh, optimizer = parts.stage, parts.mesh, parts.optimizer
+    if mesh.pp.size == 1:
+        started, *_ = deepspeed.initialize(model=stage, optimizer=optimizer, config=settings(parts.recipe), mpu=Cut(mesh))
+        return PlainEngine(parts, started)
+    from megatron_lite.training.pipeline import pipeline_of
+
+    module = pipeline_of(stage, mesh.layout, mesh.pp, parts.loss, tied_head=tied_head)
+    started, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings(parts.recipe))
+    return PipelineEngine(parts, started)
 
 
 def settings(recipe: Recipe) -> dict[str, object]:

@@ -36,6 +36,8 @@ def run_training(training: Training, *, evaluate: Evaluate | None = None) -> Non
     if done >= steps:
         logger.info(f"nothing to train: {config.checkpoint.load} is at step {done}, and train_iters is {steps}; raise it, or set finetune: true")
         return
+    if config.evaluation.eval_tasks and evaluate is None:
+        logger.warning("eval_tasks are not evaluated while training; run evaluate.py on the checkpoints that are saved")
     training = identify(training)
     with open_metrics(config.logging, told(config), folder=metrics_folder(config), is_writer=training.mesh.is_writer) as metrics:
         Loop(training, metrics, evaluate).run()

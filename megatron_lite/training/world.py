@@ -22,6 +22,7 @@ def join_world(mesh: Mesh) -> None:
     if not dist.is_initialized():
         backend = "nccl" if mesh.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
+    warnings.filterwarnings("ignore", ".* is deprecated", FutureWarning, r"torch\.distributed")  # of what DeepSpeed calls in every step
     with quiet():
         import deepspeed
         from deepspeed.ops import __compatible_ops__
@@ -33,7 +34,6 @@ def join_world(mesh: Mesh) -> None:
 @contextmanager
 def quiet() -> Iterator[None]:
     """DeepSpeed prints, logs and warns of much that helps nobody."""
-    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     with warnings.catch_warnings(), redirect_stdout(StringIO()):
         warnings.simplefilter("ignore")
         yield
