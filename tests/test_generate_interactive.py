@@ -86,7 +86,7 @@ STARTERS = {
 }
 
 
-@pytest.mark.parametrize("starter", STARTERS)
+@pytest.mark.parametrize("starter", ["deepy", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_of_several_processes_one_owns_the_terminal_and_all_answer_together(starter: str, config: Path) -> None:
     session = Session(*STARTERS[starter], config, "model-parallel-size=2", "prompt_end=##")
     assert "A prompt ends with '##'; Ctrl-D quits.\n" in session.until(QUESTION)
