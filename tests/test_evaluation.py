@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_lite.config.load import load_config
 from megatron_lite.config.sections import EvaluationSection
 from megatron_lite.errors import DataError, OutputError, UserError
 from megatron_lite.evaluation.evaluate import evaluate
-from megatron_lite.evaluation.results import Report, Results, flat, metrics_of, older_name
+from megatron_lite.evaluation.published import known_model, published_table
+from megatron_lite.evaluation.results import Report, Results, as_table, flat, metrics_of, older_name, result_rows
+from megatron_lite.models.spec import spec_of
 from megatron_lite.parallel.layout import Layout
 from megatron_lite.parallel.lead import led, on_writer
 from megatron_lite.parallel.mesh import Mesh, single_mesh
@@ -222,3 +225,31 @@ def test_a_task_that_writes_more_than_the_model_can_hold_is_one_sentence(tmp_pat
     (folder / "writing.yaml").write_text((folder / "writing.yaml").read_text().replace("max_gen_toks: 24", "max_gen_toks: 600"))
     with pytest.raises(DataError, match=r"a task asks for 600 new tokens \(max_gen_toks\), but the model has 512 positions; ask for fewer"):
         kept_by(bundled_model(), section(eval_tasks=["writing"], include_path=folder))
+
+
+def test_the_published_results_in_the_documentation_are_those_that_ours_are_held_against() -> None:
+    page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    assert page.partition("<!-- published: begin -->\n")[2].partition("<!-- published: end -->")[0] == published_table()
+
+
+@pytest.mark.parametrize(
+    ("name", "model"), [("20B", "GPT-NeoX-20B"), ("pythia/70M", "Pythia-70M"), ("pythia/12B", "Pythia-12B"), ("pythia/1B", None), ("tiny", None)]
+)
+def test_known_models_are_recognised_by_their_shape(name: str, model: str | None) -> None:
+    config = load_config([ROOT / "configs" / f"{name}.yml"], {})
+    known = known_model(spec_of(config.model, vocab=1, dtype="float32"))
+    assert (known.name if known else None) == model
+
+
+def test_a_known_models_results_are_shown_beside_the_published_ones_in_standard_errors() -> None:
+    config = load_config([ROOT / "configs" / "20B.yml"], {})
+    results: Results = {
+        "results": {"piqa": {"acc,none": 0.7797, "acc_stderr,none": 0.0098, "acc_norm,none": 0.7786, "acc_norm_stderr,none": "N/A"}, "other": {"f1,none": 0.5}},
+        "n-samples": {"piqa": {"effective": 1838, "original": 1838}},
+        "n-shot": {"piqa": 0},
+    }
+    table = as_table(list(result_rows(results, known_model(spec_of(config.model, vocab=1, dtype="float32"))))).splitlines()
+    assert table[0].split() == ["task", "documents", "shots", "metric", "value", "stderr", "published", "difference"]
+    assert table[2].split() == ["piqa", "1,838", "0", "acc", "0.7797", "0.0098", "0.7748", "+0.5", "stderr"]
+    assert table[3].split() == ["acc_norm", "0.7786", "0.7786", "+0.0", "stderr"]
+    assert table[4].split() == ["other", "f1", "0.5000"]

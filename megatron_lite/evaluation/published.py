@@ -60,7 +60,11 @@ KNOWN = (
             | {"hellaswag acc": 0.0050, "hellaswag acc_norm": 0.0045, "winogrande acc": 0.0133, "wsc acc": 0.049}
             | dict.fromkeys(("anli_r1 acc", "anli_r2 acc", "anli_r3 acc"), 0.015),
         )
-        + _rows(NEOX_CARD, {"sciq acc": 0.928, "arc_challenge acc": 0.380}, {"sciq acc": 0.008, "arc_challenge acc": 0.014}),
+        + _rows(
+            NEOX_CARD,
+            {"lambada_openai acc": 0.720, "piqa acc": 0.779, "sciq acc": 0.928, "triviaqa acc": 0.259, "arc_challenge acc": 0.380},
+            {"lambada_openai acc": 0.006, "piqa acc": 0.010, "sciq acc": 0.008, "triviaqa acc": 0.004, "arc_challenge acc": 0.014},
+        ),
     ),
     KnownModel(
         "GPT-J-6B",
@@ -87,6 +91,7 @@ def known_model(spec: ModelSpec) -> KnownModel | None:
 
 
 def published(model: KnownModel | None, task: str, metric: str) -> Published | None:
+    """The first of the results that are known of this metric."""
     return next((row for row in (model.results if model else ()) if (row.task, row.metric) == (task, metric)), None)
 
 
@@ -94,3 +99,12 @@ def difference(value: float, error: float | None, row: Published) -> float | Non
     """How far a result lies from a published one, in standard errors of our own, or else of the published one."""
     unit = error or row.error
     return (value - row.value) / unit if unit else None
+
+
+def published_table() -> str:
+    """All that is known, in Markdown, for docs/evaluation.md."""
+    lines = ["| model | task | metric | published | standard error | source |", "|---|---|---|---|---|---|"]
+    for model in KNOWN:
+        for row in model.results:
+            lines.append(f"| {model.name} | {row.task} | {row.metric} | {row.value} | {row.error or ''} | {row.source} |")
+    return "\n".join(lines) + "\n"
