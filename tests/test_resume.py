@@ -15,9 +15,10 @@ from megatron_lite.models.spec import ModelSpec
 from megatron_lite.parallel.layout import Layout, stage_numbers
 from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.training.engine import Engine, start_engine
+from megatron_lite.training.folders import recover
 from megatron_lite.training.recipe import OptimizerRecipe, Recipe
 from megatron_lite.training.resume import loss_scaler_of, optimizer_shards, read_progress, restore
-from megatron_lite.training.save import Progress, Retention, Saver, recover
+from megatron_lite.training.save import Progress, Retention, Saver
 from megatron_lite.training.stage import TrainedStage, make_trainable
 from megatron_lite.training.state import state_names, updates
 from tests.models import SMALL, logits

@@ -17,11 +17,11 @@ from megatron_lite.errors import OutputError, UserError
 from megatron_lite.log import logger
 from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.training.engine import Engine
-from megatron_lite.training.manifest import NAME, Entry, check_sizes, entry_of, read_entries, sync, write_entries
+from megatron_lite.training.folders import DRAFT, delete, fresh_folder, put_in_place, step_of
+from megatron_lite.training.manifest import NAME, Entry, entry_of, read_entries, sync, write_entries
 from megatron_lite.training.state import read_layers
 
 STATE = "training.json"
-DRAFT, REPLACED = ".draft", ".replaced"
 PATIENCE = 1800.0  # seconds in which the slowest rank must have written its files
 
 
@@ -64,7 +64,7 @@ class Saver:
         final = self.folder / f"global_step{progress.iteration}"
         draft = final.with_name(final.name + DRAFT)
         if self.mesh.is_writer:
-            _fresh_folder(draft)
+            fresh_folder(draft)
         self.mesh.wait()
         layout = CheckpointLayout("neox", draft, final.name, self.mesh.tp.size, ())
         files: dict[Path, object] = {}
@@ -127,7 +127,7 @@ class Saver:
         for path in lists:
             path.unlink()
         write_entries(entries, draft / NAME)
-        _put_in_place(draft, final)
+        put_in_place(draft, final)
         name_latest(self.folder, final.name)
         sync(self.folder)
         logger.info(f"saved {final}: {_size(entries):.2f} GB")
@@ -139,59 +139,11 @@ class Saver:
         steps = sorted(step for path in self.folder.glob("global_step*") if (step := step_of(path)) is not None and step <= newest)
         for step in steps[: -self.retention.last]:
             if step not in self.retention.always:
-                _delete(self.folder / f"global_step{step}")
+                delete(self.folder / f"global_step{step}")
 
 
 def optimizer_file(layout: CheckpointLayout, number: int, part: int) -> Path:
     return layout.folder / f"optimizer-layer_{number:02d}-model_{part:02d}.pt"
-
-
-def step_of(path: Path) -> int | None:
-    """The step of a finished checkpoint's folder."""
-    digits = path.name.removeprefix("global_step")
-    return int(digits) if digits.isdigit() else None
-
-
-def recover(folder: Path) -> None:
-    """Finishes or clears away what a killed run left in its folder: drafts that were complete get their name, others go."""
-    for draft in sorted(folder.glob(f"global_step*{DRAFT}")):
-        if (draft / NAME).exists() and check_sizes(draft):
-            final = draft.with_name(draft.name.removesuffix(DRAFT))
-            _put_in_place(draft, final)
-            name_latest(folder, final.name)
-        else:
-            shutil.rmtree(draft)
-    for old in folder.glob(f"global_step*{REPLACED}"):
-        shutil.rmtree(old)
-
-
-def _put_in_place(draft: Path, final: Path) -> None:
-    """Gives the folder its name. Where that is taken by an earlier run, recover() finishes what a kill in between interrupts."""
-    if final.exists():
-        replaced = final.with_name(final.name + REPLACED)
-        shutil.rmtree(replaced, ignore_errors=True)
-        final.rename(replaced)
-        draft.rename(final)
-        shutil.rmtree(replaced)
-    else:
-        draft.rename(final)
-    sync(final.parent)
-
-
-def _delete(folder: Path) -> None:
-    """Takes the name away first, so that no half a checkpoint is ever found."""
-    doomed = folder.with_name(folder.name + REPLACED)
-    shutil.rmtree(doomed, ignore_errors=True)
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
-
-
-def _fresh_folder(draft: Path) -> None:
-    try:
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-    except OSError as error:
-        raise OutputError(f"the checkpoint folder {draft} cannot be made: {error.strerror}; set save to a folder that can be written") from None
 
 
 def _await(ready: Callable[[], bool], otherwise: str) -> None:

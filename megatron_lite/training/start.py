@@ -22,10 +22,11 @@ from megatron_lite.parallel.layout import Layout, check_cut, stage_numbers
 from megatron_lite.parallel.mesh import Mesh, build_mesh, joined_world
 from megatron_lite.run import Run, prepare
 from megatron_lite.training.engine import Engine, start_engine
+from megatron_lite.training.folders import recover, step_of
 from megatron_lite.training.fresh import draw_layer
 from megatron_lite.training.recipe import Recipe, recipe_of
 from megatron_lite.training.resume import read_progress, restore
-from megatron_lite.training.save import STATE, Progress, recover, step_of
+from megatron_lite.training.save import STATE, Progress
 from megatron_lite.training.stage import TrainedStage, make_trainable
 from megatron_lite.training.state import MASTER, write_masters
 

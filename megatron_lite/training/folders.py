@@ -1,0 +1,58 @@
+"""Folders of checkpoints: drafts that get their name when they are complete, and what a killed run leaves behind."""
+
+import shutil
+from pathlib import Path
+
+from megatron_lite.checkpoint.write import name_latest
+from megatron_lite.errors import OutputError
+from megatron_lite.training.manifest import NAME, check_sizes, sync
+
+DRAFT, REPLACED = ".draft", ".replaced"
+
+
+def step_of(path: Path) -> int | None:
+    """The step of a finished checkpoint's folder."""
+    digits = path.name.removeprefix("global_step")
+    return int(digits) if digits.isdigit() else None
+
+
+def recover(folder: Path) -> None:
+    """Finishes or clears away what a killed run left in its folder: drafts that were complete get their name, others go."""
+    for draft in sorted(folder.glob(f"global_step*{DRAFT}")):
+        if (draft / NAME).exists() and check_sizes(draft):
+            final = draft.with_name(draft.name.removesuffix(DRAFT))
+            put_in_place(draft, final)
+            name_latest(folder, final.name)
+        else:
+            shutil.rmtree(draft)
+    for old in folder.glob(f"global_step*{REPLACED}"):
+        shutil.rmtree(old)
+
+
+def put_in_place(draft: Path, final: Path) -> None:
+    """Gives the folder its name. Where that is taken by an earlier run, recover() finishes what a kill in between interrupts."""
+    if final.exists():
+        replaced = final.with_name(final.name + REPLACED)
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
+        draft.rename(final)
+        shutil.rmtree(replaced)
+    else:
+        draft.rename(final)
+    sync(final.parent)
+
+
+def delete(folder: Path) -> None:
+    """Takes the name away first, so that no half a checkpoint is ever found."""
+    doomed = folder.with_name(folder.name + REPLACED)
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def fresh_folder(draft: Path) -> None:
+    try:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+    except OSError as error:
+        raise OutputError(f"the checkpoint folder {draft} cannot be made: {error.strerror}; set save to a folder that can be written") from None
