@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["num_layers=2", "hidden_size=64", "num_attention_heads=4"]
+FEW = ["--limit", "8"]
 
 
 def commands() -> list[str]:
@@ -19,7 +20,7 @@ def commands() -> list[str]:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory, shared_data: Path) -> Path:
-    """What a fresh clone holds, with the release's tokenizer where configs/20B.yml looks for it."""
+    """What a fresh clone holds, with the release's tokenizer where configs/20B.yml looks for it, and the questions of LAMBADA and PIQA."""
     copy = tmp_path_factory.mktemp("clone")
     files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
     for name in filter(None, files):
@@ -28,11 +29,13 @@ def project(tmp_path_factory: pytest.TempPathFactory, shared_data: Path) -> Path
             shutil.copy(ROOT / name, copy / name)
     (copy / "20B_checkpoints").mkdir()
     shutil.copy(shared_data / "tokenizers" / "20B_tokenizer.json", copy / "20B_checkpoints")
+    for task in ("lambada", "piqa"):
+        shutil.copytree(shared_data / task, copy / "data" / task)
     return copy
 
 
 def run(command: str, project: Path) -> subprocess.CompletedProcess[str]:
-    words = command.split() + (SMALL if "20B" in command else [])
+    words = command.split() + (SMALL if "20B" in command else []) + (FEW if "evaluate.py" in command else [])
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(words, cwd=project, input="Once upon a time\n", capture_output=True, text=True, timeout=240, env={**os.environ, "PATH": path})
 
@@ -53,6 +56,6 @@ def test_the_demo_is_a_command_of_the_readme(project: Path) -> None:
 
 def test_the_readme_s_tree_names_what_is_there() -> None:
     tree = (ROOT / "README.md").read_text(encoding="utf-8").split("## The tree")[1].split("## What was measured")[0]
-    for name in ("deepy.py", "generate.py", "launcher/", "megatron_lite/", "tools/", "configs/", "checkpoints/tiny/", "docs/", "requirements/", "tests/"):
+    for name in ("deepy.py", "generate.py", "evaluate.py", "train.py", "launcher/", "megatron_lite/", "tools/", "configs/", "checkpoints/tiny/", "docs/", "requirements/", "tests/"):
         assert name in tree
         assert (ROOT / name).exists()
