@@ -1,16 +1,15 @@
 """Shared by all tests: GPU tests are skipped aloud where GPUs are missing, slow ones run when asked for, shared data is found."""
 
-import sys
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
-# for `tests.worlds` and its like; last, because a top-level evaluate.py must not shadow the `evaluate` package that lm-eval imports
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-
 # last, because a top-level evaluate.py must not shadow the `evaluate` package that lm-eval imports
 sys.path.append(str(Path(__file__).resolve().parents[1]))
+# Models here are small and processes many: threads would only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 GPUS_NEEDED = {"gpu": 1, "multigpu": 2}
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
