@@ -21,7 +21,7 @@ def settings(folder: Path, limit: int | None, **others: object) -> EvaluationSec
 
 
 def test_the_bundled_model_scores_as_in_transformers_in_every_layout(shared_data: Path) -> None:
-    some = settings(shared_data, 24)
+    some = settings(shared_data, 16)
     expected = through_transformers(bundled_model(), some)
     for layout in LAYOUTS:
         compare(through_ours(bundled_model(), some, layout), expected)
@@ -29,7 +29,7 @@ def test_the_bundled_model_scores_as_in_transformers_in_every_layout(shared_data
 
 @pytest.mark.parametrize("name", RANDOM_MODELS)
 def test_random_models_score_as_in_transformers_in_every_layout(name: str, shared_data: Path, tmp_path: Path) -> None:
-    model, some = random_model(name, tmp_path), settings(shared_data, 24)
+    model, some = random_model(name, tmp_path), settings(shared_data, 16)
     expected = through_transformers(model, some)
     for layout in LAYOUTS:
         compare(through_ours(model, some, layout), expected)
