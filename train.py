@@ -18,7 +18,13 @@ def main(command: Command) -> None:
     from megatron_lite.training.train import train
 
     set_up_logging()
-    train(load_config(command.configs, command.overrides))
+    config = load_config(command.configs, command.overrides)
+    if config.evaluation.eval_tasks:
+        from megatron_lite.evaluation.evaluate import evaluate
+
+        train(config, evaluate=evaluate)
+    else:
+        train(config)
 
 
 if __name__ == "__main__":

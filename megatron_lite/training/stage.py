@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_lite.parallel.mesh import Axis
-from megatron_lite.parallel.shards import Partial, RankLocal, Rule, Split, SplitParts
+from megatron_lite.parallel.shards import Partial, RankLocal, Rule, Split, SplitGroups, SplitParts
 
 
 class TrainedStage(nn.Module):
@@ -66,7 +66,7 @@ def make_trainable(layer: nn.Module, tp: Axis) -> bool:
             parameter, changed = _one_copy(layer, path, parameter, tp)
             averaged |= changed
         parameter.requires_grad_(not isinstance(rule, Partial) or tp.is_first)
-        if isinstance(rule, Split | SplitParts):
+        if isinstance(rule, Split | SplitParts | SplitGroups):
             parameter.model_parallel = True  # pyright: ignore[reportAttributeAccessIssue]
     return averaged
 

@@ -10,6 +10,7 @@ from megatron_lite.data.batches import TokenBatch
 from megatron_lite.errors import DataError, TrainingError
 from megatron_lite.log import logger
 from megatron_lite.metrics.metrics import Metrics, open_metrics
+from megatron_lite.parallel.stage import Stage
 from megatron_lite.training.engine import Step
 from megatron_lite.training.interrupt import Interruption, stop
 from megatron_lite.training.job import announce, identify, metrics_folder, saver_for, told
@@ -36,8 +37,9 @@ def run_training(training: Training, *, evaluate: Evaluate | None = None) -> Non
     if done >= steps:
         logger.info(f"nothing to train: {config.checkpoint.load} is at step {done}, and train_iters is {steps}; raise it, or set finetune: true")
         return
-    if config.evaluation.eval_tasks and evaluate is None:
-        logger.warning("eval_tasks are not evaluated while training; run evaluate.py on the checkpoints that are saved")
+    if config.evaluation.eval_tasks and training.recipe.zero_stage == 3:
+        logger.warning("eval_tasks are not evaluated while ZeRO 3 spreads the weights; run evaluate.py on the checkpoints that are saved, or use ZeRO 1")
+        evaluate = None
     training = identify(training)
     with open_metrics(config.logging, told(config), folder=metrics_folder(config), is_writer=training.mesh.is_writer) as metrics:
         Loop(training, metrics, evaluate).run()
@@ -116,7 +118,14 @@ class Loop:
             self.progress = replace(self.progress, best_validation=loss if best is None else min(best, loss))
             self.reporter.validated(iteration, loss)
         if self.evaluate is not None and self.config.evaluation.eval_tasks:
-            self.metrics.log(self.evaluate(self.engine, iteration), step=iteration)
+            values = self.evaluate(self._live_stage(), self.training.spec, self.training.tokenizer, self.config.evaluation)
+            self.metrics.log({f"eval/{name}": value for name, value in values.items()}, step=iteration)
+
+    def _live_stage(self) -> Stage:
+        """The layers that are being trained, as evaluation knows them."""
+        layers = {int(number): layer for number, layer in self.engine.stage.layers.items()}
+        dtype = next(parameter.dtype for layer in layers.values() for parameter in layer.parameters())
+        return Stage(layers, self.engine.mesh, self.training.spec.hidden, dtype)
 
     def _save(self) -> None:
         if self.saved != self.progress.iteration:

@@ -4,14 +4,18 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+from megatron_lite.config.sections import EvaluationSection
 from megatron_lite.data.batches import Batches, TokenBatch
 from megatron_lite.data.sources import Purpose
+from megatron_lite.data.tokenizer import Tokenizer
 from megatron_lite.log import logger
+from megatron_lite.models.spec import ModelSpec
+from megatron_lite.parallel.stage import Stage
 from megatron_lite.training.engine import Engine
 from megatron_lite.training.start import Training
 
-Evaluate = Callable[[Engine, int], Mapping[str, float]]
-"""Scores the model as it is after a step, for eval_tasks: names such as eval/piqa_acc."""
+Evaluate = Callable[[Stage, ModelSpec, Tokenizer, EvaluationSection], Mapping[str, float]]
+"""Scores the model as it is after a step, for eval_tasks: names such as piqa_acc. Called by all ranks."""
 
 
 @dataclass(frozen=True)
