@@ -138,6 +138,8 @@ def test_a_copy_in_the_cache_of_the_hubs_library_is_as_good(tmp_path: Path) -> N
 
 
 def test_the_hub_is_not_asked_where_that_is_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in hub.OFFLINE:
+        monkeypatch.delenv(name, raising=False)
     for name in hub.PROXIES:
         monkeypatch.setenv(name, "http://proxy")
     hub.is_reachable.cache_clear()
