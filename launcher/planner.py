@@ -43,7 +43,8 @@ class Planner:
         return spec_of(self.config.model, vocab=-(-self.entries // multiple) * multiple, dtype=dtype)
 
     def weigh(self, layout: Layout, rows: int, hardware: Hardware | None = None) -> Plan:
-        return weigh(hardware or self.hardware, layout, self.spec(layout), rows=rows, context=self.demand.tokens if self.demand else self.config.model.seq_length)
+        context = self.demand.tokens if self.demand else self.config.model.seq_length
+        return weigh(hardware or self.hardware, layout, self.spec(layout), rows=rows, context=context)
 
     def fitting(self, layouts: list[Layout], hardware: Hardware | None = None, *, rows: Sequence[int] | None = None) -> Iterator[Plan]:
         """The plans for these layouts that fit, each with as many rows as it can."""

@@ -63,9 +63,7 @@ def _span(numbers: Sequence[int], width: int = 0) -> str:
 
 
 def _closing(plan: Plan) -> str:
-    work = (
-        f"{plan.rows} row{'s' * (plan.rows > 1)} at once of up to {plan.context} tokens" if plan.rows else "weights only, without what training adds"
-    )
+    work = f"{plan.rows} row{'s' * (plan.rows > 1)} at once of up to {plan.context} tokens" if plan.rows else "weights only, without what training adds"
     if plan.hardware.kind != "CPU":
         return f"reckoned for {work}"
     free = f" of {gigabytes(plan.hardware.memory)} of memory that are free" if plan.hardware.memory is not None else ""

@@ -27,7 +27,17 @@ MAY_IMPORT = {
     "megatron_lite.inference": ("run", "config", "parallel", "models", "data"),
     "megatron_lite.training": ("run", "config", "parallel", "models", "checkpoint", "data", "metrics"),
     "megatron_lite.evaluation": ("run", "config", "parallel", "models", "checkpoint", "inference", "data", "metrics"),
-    "launcher": ("config", "parallel.layout", "models.spec", "models.memory", "checkpoint.find", "data.tokenizer", "data.prompts", "data.jsonl", "data.task_data"),
+    "launcher": (
+        "config",
+        "parallel.layout",
+        "models.spec",
+        "models.memory",
+        "checkpoint.find",
+        "data.tokenizer",
+        "data.prompts",
+        "data.jsonl",
+        "data.task_data",
+    ),
 }
 MAY_IMPORT = {part: tuple(f"megatron_lite.{name}" for name in names) for part, names in MAY_IMPORT.items()}
 MAY_IMPORT |= {"tools": ("megatron_lite",)} | dict.fromkeys(ENTRY_POINTS, ("launcher", "megatron_lite"))

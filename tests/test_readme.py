@@ -56,6 +56,19 @@ def test_the_demo_is_a_command_of_the_readme(project: Path) -> None:
 
 def test_the_readme_s_tree_names_what_is_there() -> None:
     tree = (ROOT / "README.md").read_text(encoding="utf-8").split("## The tree")[1].split("## What was measured")[0]
-    for name in ("deepy.py", "generate.py", "evaluate.py", "train.py", "launcher/", "megatron_lite/", "tools/", "configs/", "checkpoints/tiny/", "docs/", "requirements/", "tests/"):
+    for name in (
+        "deepy.py",
+        "generate.py",
+        "evaluate.py",
+        "train.py",
+        "launcher/",
+        "megatron_lite/",
+        "tools/",
+        "configs/",
+        "checkpoints/tiny/",
+        "docs/",
+        "requirements/",
+        "tests/",
+    ):
         assert name in tree
         assert (ROOT / name).exists()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_lite.checkpoint.find import CheckpointLayout
 from megatron_lite.errors import DataError
@@ -17,8 +17,8 @@ from megatron_lite.inference.score import Score, Scorer
 from megatron_lite.inference.segments import PlainSegments, has_flash, segmented
 from megatron_lite.models.spec import ModelSpec
 from megatron_lite.parallel.layout import Layout
+from megatron_lite.parallel.mesh import Axis, Mesh
 from megatron_lite.parallel.probability import word_scores
-from megatron_lite.parallel.mesh import Axis
 from tests.models import SMALL, in_transformers, load, write_random
 from tests.worlds import in_world
 
@@ -63,7 +63,7 @@ def assert_same(found: Sequence[Score], expected: Sequence[Score], tolerance: fl
 def score(
     layout: CheckpointLayout, requests: Sequence[TokenRequest], tokens: int = 100, mesh: Layout | None = None, spec: ModelSpec = SMALL
 ) -> list[list[Score]]:
-    def on_every_rank(place) -> list[Score]:
+    def on_every_rank(place: Mesh) -> list[Score]:
         stage = load(layout, spec, place)
         return Scorer(stage, spec_as_loaded(spec, place.tp.size), words=spec.vocab, tokens=tokens).score(requests)
 
@@ -183,7 +183,7 @@ def test_rows_that_only_pad_the_vocabulary_have_no_probability(tp: int) -> None:
     targets = torch.tensor([0, 3, 16, 5, 9, 11, 2])
     expected = logits[:, :17].log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
-    def on_every_rank(mesh):
+    def on_every_rank(mesh: Mesh) -> torch.Tensor:
         return word_scores(logits.chunk(tp, -1)[mesh.tp.index].clone(), targets, words=17, tp=mesh.tp)
 
     for found in in_world(Layout(tp=tp), on_every_rank):
@@ -196,7 +196,7 @@ def test_of_equally_likely_words_only_the_first_is_greedy(tp: int) -> None:
     logits = torch.zeros(4, 8)
     logits[:, [2, 6]] = 3
 
-    def on_every_rank(mesh):
+    def on_every_rank(mesh: Mesh) -> torch.Tensor:
         return word_scores(logits.chunk(tp, -1)[mesh.tp.index].clone(), torch.tensor([2, 6, 1, 2]), words=8, tp=mesh.tp)
 
     for found in in_world(Layout(tp=tp), on_every_rank):

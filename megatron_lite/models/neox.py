@@ -150,6 +150,7 @@ BLOCK_NAMES = [
     for kind in ("weight", "bias")
 ]
 
+
 def config(spec: ModelSpec) -> dict[str, object]:
     rotary = spec.rotary_dim / spec.head_dim
     return {
