@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from megatron_lite.checkpoint.find import CheckpointLayout
 from megatron_lite.errors import DataError
