@@ -139,13 +139,6 @@ def test_a_mismatch_ends_in_about_a_second_without_a_traceback(folder: Path) -> 
     assert (ended.returncode, ended.stderr) == (2, "model-parallel-size 3 does not divide the 4 attention heads; use one of 1, 2, 4\n")
 
 
-def test_a_script_of_a_later_version_is_told_apart_from_a_wrong_name(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    if (ROOT / "train.py").exists():
-        pytest.skip("train.py is there by now")
-    assert main(["train", "small"]) == 2
-    assert capfd.readouterr().err == "train.py is not part of this version\n"
-
-
 def test_a_dry_run_shows_settings_and_where_each_comes_from(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "small", "temperature=0.5", "--dry-run"]) == 0
     shown = capfd.readouterr().out
