@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -13,13 +13,11 @@ from megatron_lite.config.sections import EvaluationSection
 from megatron_lite.data.tokenizer import Tokenizer
 from megatron_lite.evaluation.quiet import quiet_harness
 from megatron_lite.evaluation.results import Results, flat
+from megatron_lite.evaluation.tasks import Unit, find_tasks
 from megatron_lite.evaluation.work import Answer, Order, Worker
 from megatron_lite.models.spec import ModelSpec
 from megatron_lite.parallel.lead import led
 from megatron_lite.parallel.stage import Stage
-
-if TYPE_CHECKING:
-    from megatron_lite.evaluation.tasks import Unit
 
 Keep = Callable[[Results, float], object]
 """Told the results of every task or group as soon as it is finished, and the seconds it took; on the writer only."""
@@ -31,7 +29,7 @@ def evaluate(
     tokenizer: Tokenizer,
     settings: EvaluationSection,
     *,
-    units: "Sequence[Unit] | None" = None,
+    units: Sequence[Unit] | None = None,
     rows: int = 16,
     seed: int = 1234,
     cache: Path | None = None,
@@ -44,13 +42,13 @@ def evaluate(
     worker = Worker(stage, spec, tokenizer, rows=rows, tokens=settings.eval_batch_tokens)
 
     def lead(give: Callable[[Order], Answer]) -> dict[str, float]:
+        found = find_tasks(settings) if units is None else units  # first: it may tell the hub's libraries, before they are imported, not to try
         from megatron_lite.evaluation.adapter import HarnessModel
-        from megatron_lite.evaluation.tasks import find_tasks
 
         model = HarnessModel(give, tokenizer, context=spec.max_positions, seed=seed)
         values: dict[str, float] = {}
         with quiet_harness(), _cached(model, cache) as answering:
-            for unit in find_tasks(settings) if units is None else units:
+            for unit in found:
                 started = time.monotonic()
                 results = _evaluate_unit(answering, unit, settings)
                 keep(results, time.monotonic() - started)
@@ -61,7 +59,7 @@ def evaluate(
         return led(stage.mesh, lead, worker)
 
 
-def _evaluate_unit(model: Any, unit: "Unit", settings: EvaluationSection) -> Results:
+def _evaluate_unit(model: Any, unit: Unit, settings: EvaluationSection) -> Results:
     """Any: lm-eval's model, or its cache around one."""
     from lm_eval.evaluator import evaluate as evaluate_with_harness
 
