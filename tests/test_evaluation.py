@@ -12,19 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_lite.config.load import load_config
 from megatron_lite.config.sections import EvaluationSection
-from megatron_lite.errors import DataError, OutputError, UserError
+from megatron_lite.errors import DataError
 from megatron_lite.evaluation.evaluate import evaluate
-from megatron_lite.evaluation.published import known_model, published_table
-from megatron_lite.evaluation.results import Report, Results, as_table, flat, metrics_of, older_name, result_rows
-from megatron_lite.models.spec import spec_of
+from megatron_lite.evaluation.results import Report, Results
 from megatron_lite.parallel.layout import Layout
-from megatron_lite.parallel.lead import led, on_writer
-from megatron_lite.parallel.mesh import Mesh, single_mesh
+from megatron_lite.parallel.mesh import single_mesh
 from tests.harness import ROOT, Model, answers, bundled_model, compare, random_model, through_ours, through_transformers, tokenizer
 from tests.models import load
-from tests.worlds import in_world
 
 lm_eval = pytest.importorskip("lm_eval")
 
@@ -159,61 +154,6 @@ def test_what_a_finished_task_found_survives_a_failure_in_the_next(shared_data: 
     assert [path.name for path in tmp_path.glob("run_*")] == ["run_eval_results_now.json"]
 
 
-def test_results_that_cannot_be_written_leave_the_old_file_whole(tmp_path: Path) -> None:
-    report = Report(tmp_path / "gone" / "results.json", {})
-    with pytest.raises(OutputError, match=r"the results .*/gone/results.json cannot be written: No such file or directory; set eval_results_prefix to a place"):
-        report.add({"results": {}}, seconds=1)
-
-
-SOME: Results = {
-    "results": {
-        "lambada_openai": {"name": "lambada_openai", "alias": "x", "sample_len": 5, "perplexity,none": 4.5, "perplexity_stderr,none": "N/A", "acc,none": 0.5},
-        "gsm8k": {"exact_match,strict-match": 0.25, "exact_match_stderr,strict-match": 0.01},
-    }
-}
-
-
-def test_metrics_have_the_names_of_gpt_neox_and_errors_only_where_there_are_some() -> None:
-    assert flat(SOME) == {
-        "lambada_openai_ppl": 4.5,
-        "lambada_openai_acc": 0.5,
-        "gsm8k_exact_match_strict-match": 0.25,
-        "gsm8k_exact_match_strict-match_stderr": 0.01,
-    }
-    assert [older_name(key) for key in ("perplexity_stderr,none", "acc_norm,none", "alias")] == ["ppl_stderr", "acc_norm", "alias"]
-    assert [metric.error for metric in metrics_of(SOME)] == [None, None, 0.01]
-
-
-def test_orders_of_the_writer_are_performed_by_every_rank() -> None:
-    def on_every_rank(mesh: Mesh) -> tuple[str, list[int]]:
-        performed: list[int] = []
-
-        def perform(order: int) -> int:
-            performed.append(order)
-            return int(mesh.tp.sum(torch.ones(1)).item()) * order
-
-        def lead(give: Any) -> str:
-            return f"{give(3)} {give(5)}"
-
-        return led(mesh, lead, perform), performed
-
-    assert in_world(Layout(tp=2), on_every_rank) == [("6 10", [3, 5])] * 2
-
-
-def test_what_is_wrong_on_the_writer_is_said_by_every_rank() -> None:
-    def on_every_rank(mesh: Mesh) -> str:
-        def act() -> None:
-            raise DataError("there is no such file; put it there")
-
-        try:
-            on_writer(mesh, act)
-        except UserError as error:
-            return f"{type(error).__name__}: {error}"
-        return "nothing"
-
-    assert in_world(Layout(dp=2), on_every_rank) == ["DataError: there is no such file; put it there"] * 2
-
-
 def test_other_commands_do_without_lm_eval_and_its_libraries() -> None:
     question = "import sys, megatron_lite.inference.generate, megatron_lite.inference.score, launcher.run; print(*sorted(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", question], capture_output=True, text=True, check=True, cwd=ROOT).stdout.split()
@@ -225,31 +165,3 @@ def test_a_task_that_writes_more_than_the_model_can_hold_is_one_sentence(tmp_pat
     (folder / "writing.yaml").write_text((folder / "writing.yaml").read_text().replace("max_gen_toks: 24", "max_gen_toks: 600"))
     with pytest.raises(DataError, match=r"a task asks for 600 new tokens \(max_gen_toks\), but the model has 512 positions; ask for fewer"):
         kept_by(bundled_model(), section(eval_tasks=["writing"], include_path=folder))
-
-
-def test_the_published_results_in_the_documentation_are_those_that_ours_are_held_against() -> None:
-    page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
-    assert page.partition("<!-- published: begin -->\n")[2].partition("<!-- published: end -->")[0] == published_table()
-
-
-@pytest.mark.parametrize(
-    ("name", "model"), [("20B", "GPT-NeoX-20B"), ("pythia/70M", "Pythia-70M"), ("pythia/12B", "Pythia-12B"), ("pythia/1B", None), ("tiny", None)]
-)
-def test_known_models_are_recognised_by_their_shape(name: str, model: str | None) -> None:
-    config = load_config([ROOT / "configs" / f"{name}.yml"], {})
-    known = known_model(spec_of(config.model, vocab=1, dtype="float32"))
-    assert (known.name if known else None) == model
-
-
-def test_a_known_models_results_are_shown_beside_the_published_ones_in_standard_errors() -> None:
-    config = load_config([ROOT / "configs" / "20B.yml"], {})
-    results: Results = {
-        "results": {"piqa": {"acc,none": 0.7797, "acc_stderr,none": 0.0098, "acc_norm,none": 0.7786, "acc_norm_stderr,none": "N/A"}, "other": {"f1,none": 0.5}},
-        "n-samples": {"piqa": {"effective": 1838, "original": 1838}},
-        "n-shot": {"piqa": 0},
-    }
-    table = as_table(list(result_rows(results, known_model(spec_of(config.model, vocab=1, dtype="float32"))))).splitlines()
-    assert table[0].split() == ["task", "documents", "shots", "metric", "value", "stderr", "published", "difference"]
-    assert table[2].split() == ["piqa", "1,838", "0", "acc", "0.7797", "0.0098", "0.7748", "+0.5", "stderr"]
-    assert table[3].split() == ["acc_norm", "0.7786", "0.7786", "+0.0", "stderr"]
-    assert table[4].split() == ["other", "f1", "0.5000"]

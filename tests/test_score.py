@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -12,13 +11,12 @@ from torch import nn
 from megatron_lite.checkpoint.find import CheckpointLayout
 from megatron_lite.errors import DataError
 from megatron_lite.inference import score as scoring
-from megatron_lite.inference.packing import Packed, TokenRequest, common_length, deal, inputs_of, pack
+from megatron_lite.inference.packing import TokenRequest, inputs_of, pack
 from megatron_lite.inference.score import Score, Scorer
 from megatron_lite.inference.segments import PlainSegments, has_flash, segmented
 from megatron_lite.models.spec import ModelSpec
 from megatron_lite.parallel.layout import Layout
-from megatron_lite.parallel.mesh import Axis, Mesh
-from megatron_lite.parallel.probability import word_scores
+from megatron_lite.parallel.mesh import Mesh
 from tests.models import SMALL, in_transformers, load, write_random
 from tests.worlds import in_world
 
@@ -121,93 +119,12 @@ def test_no_requests_have_no_scores_and_fewer_than_replicas_are_scored_too(tmp_p
         assert_same(found, expected)
 
 
-def packed_texts(packed: Packed) -> dict[int, tuple[int, ...]]:
-    """The text that leads to each place of the row, itself included."""
-    texts = {}
-    for segment in packed.segments:
-        places = list(chain.from_iterable(segment.path))
-        for place in places[segment.position :]:
-            texts[place] = tuple(packed.tokens[each] for each in places[: places.index(place) + 1])
-    return texts
-
-
-def test_a_packed_row_holds_no_padding_and_every_request_reads_behind_its_own_text() -> None:
-    requests = some_requests()
-    packed = pack(inputs_of(requests, context=64))
-    texts = packed_texts(packed)
-    assert sorted(texts) == list(range(len(packed.tokens)))
-    asked: dict[int, list[tuple[tuple[int, ...], int]]] = {}
-    for place, target, owner in zip(packed.places, packed.targets, packed.owners, strict=True):
-        asked.setdefault(owner, []).append((texts[place], target))
-    for number, request in enumerate(requests):
-        text = (request.context + request.continuation)[-65:]
-        count = len(request.continuation)
-        assert asked[number] == [(text[: len(text) - count + each], token) for each, token in enumerate(request.continuation)]
-
-
-def test_a_shared_beginning_is_computed_once() -> None:
-    context = some_text(40, 1)
-    answers = [TokenRequest(context, some_text(5, seed)) for seed in range(2, 6)] + [TokenRequest(context, (token,)) for token in range(4)]
-    assert len(pack(inputs_of(answers, context=64)).tokens) == 40 + 4 * 4
-    header = some_text(30, 9)
-    questions = [TokenRequest(header + some_text(10, question), (answer,)) for question in range(20, 25) for answer in range(4)]
-    assert len(pack(inputs_of(questions, context=64)).tokens) == 30 + 5 * 10
-
-
-def test_batches_are_of_about_equal_work_and_as_many_for_each_replica() -> None:
-    inputs = inputs_of([TokenRequest(some_text(10 + seed % 30, seed), (1, 2)) for seed in range(400)], context=64)
-    batches = deal(inputs, budget=512, replicas=4)
-    assert list(chain.from_iterable(batches)) == inputs
-    assert len(batches) % 4 == 0
-    sizes = [len(pack(batch).tokens) for batch in batches]
-    assert max(sizes) <= 512
-    assert max(sizes) - min(sizes) <= 2 * 42
-
-
-def test_the_length_of_a_common_beginning() -> None:
-    assert [common_length((1, 2, 3), other) for other in ((1, 2, 3), (1, 2), (1, 2, 4, 5), (4,), (1, 2, 3, 4))] == [3, 2, 2, 0, 3]
-
-
 def test_few_logits_at_a_time_give_the_same_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layout, requests = write_random(tmp_path, SMALL, tp=2), some_requests()
     [at_once] = score(layout, requests)
     monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", 160 * 3)
     for found in score(layout, requests, mesh=Layout(tp=2)):
         assert_same(found, at_once, 2e-5)
-
-
-@pytest.mark.parametrize("tp", [1, 2, 4])
-def test_rows_that_only_pad_the_vocabulary_have_no_probability(tp: int) -> None:
-    logits = torch.randn(7, 24, generator=torch.Generator().manual_seed(0))
-    logits[:, 17:] += 100
-    targets = torch.tensor([0, 3, 16, 5, 9, 11, 2])
-    expected = logits[:, :17].log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-
-    def on_every_rank(mesh: Mesh) -> torch.Tensor:
-        return word_scores(logits.chunk(tp, -1)[mesh.tp.index].clone(), targets, words=17, tp=mesh.tp)
-
-    for found in in_world(Layout(tp=tp), on_every_rank):
-        torch.testing.assert_close(found[:, 0], expected, atol=1e-5, rtol=0)
-        assert found[:, 1].bool().tolist() == (logits[:, :17].argmax(-1) == targets).tolist()
-
-
-@pytest.mark.parametrize("tp", [1, 2])
-def test_of_equally_likely_words_only_the_first_is_greedy(tp: int) -> None:
-    logits = torch.zeros(4, 8)
-    logits[:, [2, 6]] = 3
-
-    def on_every_rank(mesh: Mesh) -> torch.Tensor:
-        return word_scores(logits.chunk(tp, -1)[mesh.tp.index].clone(), torch.tensor([2, 6, 1, 2]), words=8, tp=mesh.tp)
-
-    for found in in_world(Layout(tp=tp), on_every_rank):
-        assert found[:, 1].tolist() == [1, 0, 0, 1]
-
-
-def test_half_precision_logits_are_summed_in_fp32() -> None:
-    logits = (20 * torch.randn(5, 1000, generator=torch.Generator().manual_seed(0))).half()
-    targets = torch.arange(5)
-    expected = logits.double().log_softmax(-1)[targets, targets]
-    torch.testing.assert_close(word_scores(logits, targets, words=1000, tp=Axis("tp"))[:, 0].double(), expected, atol=1e-4, rtol=0)
 
 
 def test_a_vocabulary_that_was_padded_for_the_cut_scores_as_before(tmp_path: Path) -> None:
