@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import cast
 
 from megatron_lite.config.kinds import Section, shown
+from megatron_lite.config.lora import broken_targets
 from megatron_lite.config.sections import DataSection, Family, ModelSection, TrainingSection
 
 Broken = Iterator[tuple[str, str]]
@@ -39,7 +40,10 @@ def broken_rules(sections: Mapping[str, Section]) -> Broken:
         yield from _positions(model)
         yield from _family(model)
     if "training" in sections:
-        yield from _schedule(cast(TrainingSection, sections["training"]))
+        training = cast(TrainingSection, sections["training"])
+        yield from _schedule(training)
+        if training.lora is not None and "model" in sections:
+            yield from (("lora", problem) for problem in broken_targets(training.lora, cast(ModelSection, sections["model"]).family))
     if "data" in sections:
         yield from _data(cast(DataSection, sections["data"]))
 

@@ -75,13 +75,22 @@ def _words(annotation: Any) -> Words:
     if get_origin(annotation) is Literal:
         choices = ", ".join(str(choice) for choice in get_args(annotation))
         return Words(f"one of {choices}")
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return Words(f"a mapping with no other keys than {', '.join(annotation.model_fields)}")
     return PLAIN[annotation]
+
+
+def group_of(field: FieldInfo) -> type[Section] | None:
+    """The group of settings that this field takes, if it takes one."""
+    return next((part for part in get_args(field.annotation) if isinstance(part, type) and issubclass(part, Section)), None)
 
 
 def shown(value: object) -> str:
     """A value as it would be written in a configuration file."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, Section):
+        return shown(value.model_dump())
     if isinstance(value, dict):
         return "{" + ", ".join(f"{name}: {shown(part)}" for name, part in value.items()) + "}"
     if isinstance(value, Sequence) and not isinstance(value, str):

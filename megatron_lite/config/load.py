@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from megatron_lite.config.check import broken_rules
 from megatron_lite.config.keys import DEEPSPEED, REFUSED, REFUSED_VALUES, RENAMED, RESTATED, WITHOUT_EFFECT
-from megatron_lite.config.kinds import Section, is_text, shown, words
+from megatron_lite.config.kinds import Section, group_of, is_text, shown, words
 from megatron_lite.config.older import restated
 from megatron_lite.config.precision import stated_precision, without_other_precisions
 from megatron_lite.config.read import Reading, Setting, parse_value, plain_key, read_file
@@ -122,9 +122,19 @@ def _build(stated: Stated) -> tuple[dict[str, Section], list[str]]:
         try:
             sections[name] = section.model_validate(values)
         except ValidationError as error:
-            wrong = {str(part["loc"][0]): part["input"] for part in error.errors() if part["type"] != "missing"}
-            problems += [f"{stated[key].origin}: {key} needs {words(FIELDS[key])}, found {shown(found)}" for key, found in wrong.items()]
+            wrong = dict(_wrong(part["loc"], part["input"]) for part in error.errors() if part["type"] != "missing")
+            problems += [f"{stated[key.split('.')[0]].origin}: {key} needs {what}" for key, what in wrong.items()]
     return sections, problems
+
+
+def _wrong(place: Sequence[int | str], found: object) -> tuple[str, str]:
+    """The key at this place, which may lie within the group of settings of another, and what it needs."""
+    key, group = str(place[0]), group_of(FIELDS[str(place[0])])
+    if group is None or len(place) == 1:
+        return key, f"{words(FIELDS[key])}, found {shown(found)}"
+    if place[1] not in group.model_fields:
+        return key, f"{words(FIELDS[key])}, found {place[1]}"
+    return f"{key}.{place[1]}", f"{words(group.model_fields[str(place[1])])}, found {shown(found)}"
 
 
 def _missing(stated: Stated, paths: Sequence[Path]) -> Iterator[str]:

@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import Field
 
 from megatron_lite.config.kinds import Amount, Amounts, Count, Positive, Prefixes, Section, Share, Size, Sizes, Texts, Whole
+from megatron_lite.config.lora import LoraSection
 
 Precision = Literal["fp16", "bfloat16", "fp32"]
 Family = Literal["neox", "gptj", "llama"]
@@ -119,6 +120,9 @@ class CheckpointSection(Section):
 
     load: Path | None = Field(None, description="folder of the checkpoint to read")
     save: Path | None = Field(None, description="folder that training writes checkpoints to")
+    lora_load: Path | None = Field(
+        None, description="(ours) folder of low-rank adapters, of a training with lora or in PEFT's format, that are added to the weights in load"
+    )
     iteration: Size | None = Field(None, description="step to load; null loads the one that the file `latest` names")
     finetune: bool = Field(False, description="take only the weights: fresh optimizer, iteration 0")
     no_load_optim: bool = Field(False, description="leave out the optimizer's state when loading")
@@ -233,6 +237,9 @@ class TrainingSection(Section):
     do_train: bool | None = Field(None, description="null follows from the data")
     do_valid: bool | None = Field(None, description="null follows from the data")
     do_test: bool | None = Field(None, description="null follows from the data")
+    lora: LoraSection | None = Field(
+        None, description="(ours) train low-rank adapters and leave the weights as they are: {rank: 16, alpha: 32, targets: [query_key_value]}"
+    )
     check: bool = Field(False, description="(ours) take two steps, validate, save and clear away what was saved: whether all of it works (--check)")
 
 
