@@ -24,7 +24,10 @@ class TokenBatch:
     loss_mask: Tensor
 
     def to(self, device: torch.device) -> "TokenBatch":
-        return TokenBatch(*(part.to(device, non_blocking=True) for part in (self.tokens, self.labels, self.loss_mask)))
+        parts = (self.tokens, self.labels, self.loss_mask)
+        if device.type == "cuda":
+            parts = tuple(part.pin_memory() for part in parts)  # else the copy waits for what the GPU is at
+        return TokenBatch(*(part.to(device, non_blocking=True) for part in parts))
 
 
 def sample_numbers(consumed: int, micro_batch: int, *, index: int = 0, size: int = 1) -> range:

@@ -12,7 +12,7 @@ from megatron_lite.data.batches import TokenBatch
 from megatron_lite.errors import ConfigError
 from megatron_lite.parallel.cross_entropy import cross_entropy, mean_loss
 from megatron_lite.parallel.mesh import Axis, Mesh
-from megatron_lite.training.optimizer import build_optimizer, parameter_groups, set_rate
+from megatron_lite.training.optimizer import Groups, build_optimizer, parameter_groups, set_rate
 from megatron_lite.training.recipe import Recipe
 from megatron_lite.training.stage import TrainedStage
 from megatron_lite.training.world import Cut, join_world, quiet
@@ -85,14 +85,14 @@ class PlainEngine(Engine):
     """All layers in this process."""
 
     def _forward_and_back(self, batches: Iterator[TokenBatch]) -> float:
-        total = torch.zeros((), device=self.mesh.device)
+        losses: list[Tensor] = []  # added up at the end: looking at one would keep the GPU waiting
         self.deepspeed.train()
         for _ in range(self.recipe.batching.accumulation):
             loss = self._loss(next(batches))
             self.deepspeed.backward(loss)
             self.deepspeed.step()
-            total += loss.detach()
-        return self._mean_over_replicas(total / self.recipe.batching.accumulation)
+            losses.append(loss.detach())
+        return self._mean_over_replicas(torch.stack(losses).mean())
 
     @torch.no_grad()
     def validate(self, batches: Iterator[TokenBatch], count: int) -> float:
@@ -123,7 +123,8 @@ def _as_pairs(batches: Iterator[TokenBatch]) -> Iterator[tuple[Tensor, tuple[Ten
 def start_engine(stage: TrainedStage, mesh: Mesh, recipe: Recipe, *, words: int, tied_head: int | None) -> Engine:
     """The engine for this rank's stage, whose layers hold their initial weights. Every rank calls this."""
     join_world(mesh)
-    optimizer = build_optimizer(recipe.optimizer, parameter_groups(stage, recipe.optimizer.weight_decay), rate=recipe.schedule.peak)
+    groups = in_pieces(parameter_groups(stage, recipe.optimizer.weight_decay))
+    optimizer = build_optimizer(recipe.optimizer, groups, rate=recipe.schedule.peak)
     parts = Parts(stage, mesh, recipe, optimizer, Loss(words, mesh.tp))
     try:
         with quiet():
@@ -141,12 +142,33 @@ def _started(parts: Parts, tied_head: int | None) -> Engine:
     stage, mesh, optimizer = parts.stage, parts.mesh, parts.optimizer
     if mesh.pp.size == 1:
         started, *_ = deepspeed.initialize(model=stage, optimizer=optimizer, config=settings(parts.recipe), mpu=Cut(mesh))
+        started.enable_backward_allreduce = _sums_gradients(parts)
         return PlainEngine(parts, started)
     from megatron_lite.training.pipeline import pipeline_of
 
     module = pipeline_of(stage, mesh.layout, mesh.pp, parts.loss, tied_head=tied_head)
     started, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings(parts.recipe))
+    started.pipeline_enable_backward_allreduce = _sums_gradients(parts)
     return PipelineEngine(parts, started)
+
+
+def _sums_gradients(parts: Parts) -> bool:
+    """False where there is one replica and DeepSpeed would copy all gradients to add them to nothing."""
+    return parts.mesh.dp.size > 1 or parts.recipe.zero_stage > 1 or parts.recipe.dtype != torch.bfloat16
+
+
+def in_pieces(groups: Groups, *, limit: int = 500_000_000) -> Groups:
+    """The groups in pieces of so many numbers. DeepSpeed lays each out anew in one block, and copies whole blocks to sum them over the replicas."""
+    pieces: Groups = []
+    for group in groups:
+        room = 0
+        for parameter in group["params"]:
+            if parameter.numel() > room:
+                pieces.append({**group, "params": []})
+                room = limit
+            pieces[-1]["params"].append(parameter)
+            room -= parameter.numel()
+    return pieces
 
 
 def settings(recipe: Recipe) -> dict[str, object]:
@@ -154,7 +176,8 @@ def settings(recipe: Recipe) -> dict[str, object]:
     batching = recipe.batching
     formats: dict[str, object] = {}
     if recipe.dtype == torch.bfloat16:
-        formats = {"bf16": {"enabled": True, "check_grad_overflow": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+        immediate = {"immediate_grad_update": True}  # else every gradient is there twice, in bf16 beside its sum in fp32
+        formats = {"bf16": {"enabled": True, "check_grad_overflow": True, **immediate}, "data_types": {"grad_accum_dtype": "fp32"}}
     elif recipe.dtype == torch.float16:
         formats = {"fp16": {**recipe.loss_scale, "enabled": True}}
     return {
@@ -166,5 +189,6 @@ def settings(recipe: Recipe) -> dict[str, object]:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
+        "timers": {"throughput": {"enabled": False}},  # it would wait for the GPU in every micro batch
         **recipe.extra,
     }
