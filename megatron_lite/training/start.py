@@ -155,7 +155,7 @@ def build_engine(training: Training) -> Engine:
     """This rank's layers in an engine, as the training begins with them."""
     mesh, recipe, run = training.mesh, training.recipe, training.run
     numbers = stage_numbers(training.spec.layers, mesh.layout.pp)[mesh.pp.index]
-    layers = _loaded(training, run, numbers) if run else _drawn(training, numbers)
+    layers = _loaded(training, run, numbers, recipe.dtype) if run else _drawn(training, numbers)
     averaged = [make_trainable(layer, mesh.tp) for layer in layers.values()]
     if any(averaged):
         logger.info("norms that had drifted apart between the saved ranks are averaged: they train as one from here on")
@@ -163,18 +163,21 @@ def build_engine(training: Training) -> Engine:
     if run is not None and training.beginning == "a training that goes on" and not training.config.checkpoint.no_load_optim:
         restore(engine, run.checkpoint, training.progress)
     elif run is not None and recipe.dtype != torch.float32:
-        write_masters(engine, lambda number: _in_fp32(run, number))  # else they would be what was rounded to half precision
+        write_masters(engine, lambda number: _in_fp32(training, run, number))  # else they would be what was rounded to half precision
     return engine
 
 
-def _in_fp32(run: Run, number: int) -> Mapping[str, Mapping[str, list[Tensor]]]:
-    return {path: {MASTER: [part.float() for part in parts]} for path, parts in run.source.shards(number).items()}
+def _in_fp32(training: Training, run: Run, number: int) -> Mapping[str, Mapping[str, list[Tensor]]]:
+    """A layer's weights as the file has them, read once more by the reader that fills layers: this rank's part, as if all ranks had stored the same."""
+    tp = training.mesh.tp
+    layer = _loaded(training, run, [number], torch.float32)[number]
+    make_trainable(layer, tp)
+    return {path: {MASTER: [parameter.detach()] * tp.size} for path, parameter in layer.named_parameters()}
 
 
-def _loaded(training: Training, run: Run, numbers: list[int]) -> dict[int, nn.Module]:
+def _loaded(training: Training, run: Run, numbers: list[int], dtype: torch.dtype) -> dict[int, nn.Module]:
     plan = training.architecture.plan(training.spec, training.mesh.tp)
-    device, dtype = training.mesh.device, training.recipe.dtype
-    return load_layers(plan, numbers, run.source, tp=training.mesh.tp, dtype=dtype, device=device, progress=lambda count: None)
+    return load_layers(plan, numbers, run.source, tp=training.mesh.tp, dtype=dtype, device=training.mesh.device, progress=lambda count: None)
 
 
 def _drawn(training: Training, numbers: list[int]) -> dict[int, nn.Module]:
