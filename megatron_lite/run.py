@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import torch
 
+from megatron_lite.checkpoint.adapters import Adapters, read_adapters
 from megatron_lite.checkpoint.find import CheckpointLayout, find_checkpoint
 from megatron_lite.checkpoint.load import load_layers, open_source, spec_as_stored, vocabulary_rows
 from megatron_lite.checkpoint.source import Source
@@ -26,7 +27,7 @@ from megatron_lite.progress import progress
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that is decided before weights are read."""
+    """Everything that is decided before weights are read. `adapters` are added to them."""
 
     config: RunConfig
     mesh: Mesh
@@ -35,6 +36,7 @@ class Run:
     tokenizer: Tokenizer
     checkpoint: CheckpointLayout
     source: Source
+    adapters: Adapters | None = None
 
 
 @contextmanager
@@ -65,8 +67,9 @@ def prepare(config: RunConfig, mesh: Mesh) -> Run:
             f"the tokenizer {config.tokenizer.vocab_file or config.tokenizer.tokenizer_type} has {tokenizer.vocab_size} entries, "
             f"but the checkpoint {checkpoint} has {rows} rows for them; it is not this model's tokenizer, or files of the checkpoint are missing"
         )
-    tp = mesh.tp.size
-    return Run(config, mesh, architecture, replace(spec, vocab=-(-rows // tp) * tp), tokenizer, checkpoint, source)
+    tp, lora = mesh.tp.size, config.checkpoint.lora_load
+    adapters = read_adapters(lora, architecture, spec, source) if lora else None
+    return Run(config, mesh, architecture, replace(spec, vocab=-(-rows // tp) * tp), tokenizer, checkpoint, source, adapters)
 
 
 def _as_stored(config: RunConfig, checkpoint: CheckpointLayout, spec: ModelSpec) -> ModelSpec:
@@ -91,6 +94,9 @@ def load_stage(run: Run) -> Stage:
     with progress("loading", expected, shown=mesh.is_writer) as advance:
         try:
             layers = load_layers(plan, numbers, run.source, tp=mesh.tp, dtype=dtype, device=mesh.device, progress=advance)
+            if run.adapters:
+                for number, layer in layers.items():
+                    run.adapters.merge_into(layer, number, mesh.tp)
         except torch.OutOfMemoryError as error:
             reason = str(error).splitlines()[0]
             raise FitError(f"the weights do not fit on {mesh.device} of rank {mesh.rank}: {reason}; spread the model over more GPUs") from None
@@ -100,5 +106,6 @@ def load_stage(run: Run) -> Stage:
     seconds = time.monotonic() - started
     held = sum(parameter.nbytes for layer in layers.values() for parameter in layer.parameters()) / 1e9
     speed = held * mesh.layout.size / seconds
-    logger.info(f"loaded {run.checkpoint}: {held:.2f} GB a process in {seconds:.1f} s ({speed:.2f} GB/s over all), {mesh.layout}")
+    added = f" with the adapters of {run.adapters.folder}" if run.adapters else ""
+    logger.info(f"loaded {run.checkpoint}{added}: {held:.2f} GB a process in {seconds:.1f} s ({speed:.2f} GB/s over all), {mesh.layout}")
     return Stage(layers, mesh, spec.hidden, dtype)

@@ -5,6 +5,7 @@ import hashlib
 import torch
 from torch import Tensor
 
+from megatron_lite.checkpoint.adapters import Adapters
 from megatron_lite.checkpoint.contents import stored_tensors
 from megatron_lite.checkpoint.find import CheckpointLayout
 
@@ -12,13 +13,15 @@ WHOLE = 1 << 16  # bytes of a tensor that is read whole
 SAMPLES, LENGTH = 16, 256  # of a larger one: so many pieces of so many bytes
 
 
-def fingerprint(layout: CheckpointLayout) -> str:
+def fingerprint(layout: CheckpointLayout, adapters: Adapters | None = None) -> str:
     """64 hexadecimal digits: sha256 over names, shapes and a sample of the bytes of every stored tensor. It does not depend on where the files lie, nor on the
     cut they are loaded with; files of another cut or format are other files."""
     digest = hashlib.sha256()
     for stored in sorted(stored_tensors(layout), key=lambda stored: (stored.layer is None, stored.layer, stored.part, stored.name)):
         digest.update(f"{stored.layer} {stored.part} {stored.name} {list(stored.tensor.shape)} {stored.tensor.dtype}\n".encode())
         digest.update(_sample(stored.tensor))
+    if adapters:
+        digest.update(adapters.fingerprint().encode())
     return digest.hexdigest()
 
 

@@ -35,7 +35,7 @@ def evaluate_run(run: Run) -> str:
     told = {key: value for key, value, _ in shown_settings(config)}
     folder = config.logging.log_dir or LOGS
     with open_metrics(config.logging, told, folder=folder, is_writer=is_writer) as metrics:
-        weights = fingerprint(run.checkpoint) if is_writer else ""
+        weights = fingerprint(run.checkpoint, run.adapters) if is_writer else ""
         keeper = Keeper(Report(path, _header(run, told, weights)), metrics, known_model(run.spec), settings.limit)
         evaluate(
             stage,
@@ -98,6 +98,7 @@ def _header(run: Run, told: dict[str, str], weights: str) -> dict[str, object]:
             "model": run.config.files[0].stem,
             "model_args": told,
             "checkpoint": str(run.checkpoint),
+            "adapters": str(run.adapters.folder) if run.adapters else None,
             "fingerprint": weights,
             "dtype": run.spec.dtype,
             "layout": str(run.mesh.layout),

@@ -10,7 +10,8 @@ from megatron_lite.config.sections import RunConfig
 from megatron_lite.config.show import settings
 from megatron_lite.log import logger
 from megatron_lite.training.engine import Engine
-from megatron_lite.training.save import Progress, Retention, Saver
+from megatron_lite.training.lora import adapters_of
+from megatron_lite.training.save import WHOLE_MODEL, Progress, Retention, Saver
 from megatron_lite.training.start import Training
 
 LOGS = Path("logs")
@@ -49,7 +50,9 @@ def saver_for(training: Training) -> "Saver | Nowhere":
         return Nowhere()
     retention = Retention(section.keep_last_n_checkpoints, section.extra_save_iters or ())
     kind, folder = (Trial, section.save / "check") if training.config.training.check else (Saver, section.save)
-    return kind(folder, training.mesh, retention, configs=training.config.files, with_optimizer=not section.no_save_optim)
+    lora, run = training.config.training.lora, training.run
+    contents = adapters_of(run, lora) if run and lora else WHOLE_MODEL
+    return kind(folder, training.mesh, retention, configs=training.config.files, contents=contents, with_optimizer=not section.no_save_optim)
 
 
 def identify(training: Training) -> Training:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 from megatron_lite.checkpoint.find import CheckpointLayout
 from megatron_lite.checkpoint.write import name_latest, save
@@ -49,11 +50,39 @@ class Retention:
     always: tuple[int, ...]
 
 
+class Contents(Protocol):
+    """What a checkpoint holds beside the optimizer's state."""
+
+    def weights_file(self, layout: CheckpointLayout, number: int, part: int) -> Path:
+        """Where a rank writes its part of a layer."""
+        ...
+
+    def complete(self, draft: Path) -> list[Path]:
+        """Makes of the ranks' files what is not there yet, on the writer, and returns what it made. Files that are only for this go."""
+        ...
+
+
+class WholeModel:
+    """All weights, as NeoX writes them."""
+
+    def weights_file(self, layout: CheckpointLayout, number: int, part: int) -> Path:
+        return layout.layer_file(number, part)
+
+    def complete(self, draft: Path) -> list[Path]:
+        return []
+
+
+WHOLE_MODEL = WholeModel()
+
+
 class Saver:
     """Writes checkpoints into a folder, one at a time, in a thread. Failures are raised by the next call."""
 
-    def __init__(self, folder: Path, mesh: Mesh, retention: Retention, *, configs: Sequence[Path] = (), with_optimizer: bool = True) -> None:
-        self.folder, self.mesh, self.retention, self.configs, self.with_optimizer = folder, mesh, retention, configs, with_optimizer
+    def __init__(
+        self, folder: Path, mesh: Mesh, retention: Retention, *, configs: Sequence[Path] = (), contents: Contents = WHOLE_MODEL, with_optimizer: bool = True
+    ) -> None:
+        self.folder, self.mesh, self.retention = folder, mesh, retention
+        self.configs, self.contents, self.with_optimizer = configs, contents, with_optimizer
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
 
@@ -69,7 +98,7 @@ class Saver:
         layout = CheckpointLayout("neox", draft, final.name, self.mesh.tp.size, ())
         files: dict[Path, object] = {}
         for number, weights, states in read_layers(engine):
-            files[layout.layer_file(number, self.mesh.tp.index)] = weights
+            files[self.contents.weights_file(layout, number, self.mesh.tp.index)] = weights
             if self.with_optimizer:
                 files[optimizer_file(layout, number, self.mesh.tp.index)] = states
         self._thread = threading.Thread(target=self._run, args=(files, draft, final, progress), name="save")
@@ -118,12 +147,15 @@ class Saver:
         lists = [draft / f"rank{rank}.list" for rank in range(self.mesh.layout.size)]
         _await(lambda: all(path.exists() for path in lists), f"{draft}: other processes have not written their files")
         entries = {name: entry for path in lists for name, entry in read_entries(path).items()}
+        made = self.contents.complete(draft)
+        entries = {name: entry for name, entry in entries.items() if (draft / name).exists()}
         (draft / STATE).write_text(json.dumps(asdict(progress), indent=1), encoding="utf-8")
         for config in self.configs:
             (draft / "configs").mkdir(exist_ok=True)
             shutil.copyfile(config, draft / "configs" / config.name)
-        sync(draft / STATE)
-        entries[STATE] = entry_of(draft / STATE)
+        for path in (draft / STATE, *made):
+            sync(path)
+            entries[path.name] = entry_of(path)
         for path in lists:
             path.unlink()
         write_entries(entries, draft / NAME)

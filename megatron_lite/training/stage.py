@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from megatron_lite.parallel.adapter import Adapted
 from megatron_lite.parallel.mesh import Axis
 from megatron_lite.parallel.shards import Partial, RankLocal, Rule, Split, SplitGroups, SplitParts
 
@@ -23,6 +24,15 @@ class TrainedStage(nn.Module):
         for layers in self._together():
             x = checkpoint(layers, x, use_reentrant=False) if self._recomputes(layers) else layers(x)
         return x
+
+    def kept(self) -> Iterator[tuple[int, list[tuple[str, nn.Parameter, Rule]]]]:
+        """What checkpoints hold of every layer that has files: all of it, or of a model with adapters these only. A tied head lies in the embedding's file."""
+        adapted = any(isinstance(module, Adapted) for module in self.modules())
+        for number, layer in self.layers.items():
+            if number == "0" or not hasattr(layer, "word_embeddings"):
+                held = [entry for entry in named_rules(layer) if not adapted or entry[1].requires_grad]
+                if held:
+                    yield int(number), held
 
     def _together(self) -> Iterator[nn.Sequential]:
         """The layers in groups whose activations are kept or recomputed together: blocks by `recompute`, all others alone."""

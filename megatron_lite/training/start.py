@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +13,18 @@ from megatron_lite.data.batches import Batches
 from megatron_lite.data.packing import Packing
 from megatron_lite.data.sources import Purpose, TrainingData, open_data
 from megatron_lite.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_lite.errors import CheckpointError, ConfigError
+from megatron_lite.errors import ConfigError
 from megatron_lite.log import logger
 from megatron_lite.models.architecture import Architecture, architecture_named
 from megatron_lite.models.spec import DType, ModelSpec, spec_of
 from megatron_lite.parallel.layout import Layout, check_cut, stage_numbers
 from megatron_lite.parallel.mesh import Mesh, build_mesh, joined_world
 from megatron_lite.run import Run, prepare
+from megatron_lite.training.beginning import Beginning, beginning_of, stored_state, tidy, with_adapters_that_are_there
 from megatron_lite.training.engine import Engine, start_engine
-from megatron_lite.training.folders import recover, step_of
+from megatron_lite.training.folders import step_of
 from megatron_lite.training.fresh import draw_layer
+from megatron_lite.training.lora import check_lora, put_adapters
 from megatron_lite.training.recipe import Recipe, recipe_of
 from megatron_lite.training.resume import read_progress, restore
 from megatron_lite.training.save import STATE, Progress
@@ -31,7 +32,6 @@ from megatron_lite.training.stage import TrainedStage, make_trainable
 from megatron_lite.training.state import MASTER, write_masters
 
 FORMATS: dict[torch.dtype, DType] = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
-Beginning = Literal["new weights", "weights of a checkpoint", "a training that goes on"]
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,12 @@ def open_training(config: RunConfig) -> Iterator[Training]:
 def settle(config: RunConfig, mesh: Mesh) -> Training:
     """The training of these settings on processes that have joined already."""
     recipe = recipe_of(config, mesh.layout, device=mesh.device.type)  # its problems come before any work
-    _tidy(config, mesh)
-    beginning = _beginning(config)
+    config = with_adapters_that_are_there(config)
+    tidy(config, mesh)
+    beginning = beginning_of(config)
     run = None if beginning == "new weights" else prepare(config, mesh)
+    if run and config.training.lora:
+        check_lora(config.training.lora, run, mesh.tp.size)
     tokenizer = run.tokenizer if run else load_tokenizer(config.tokenizer)
     rows = vocabulary_rows(run.source) if run else _new_rows(config, tokenizer, mesh.tp.size)
     progress = _progress(run, beginning, recipe, words=rows, with_optimizer=not config.checkpoint.no_load_optim)
@@ -88,35 +91,6 @@ def settle(config: RunConfig, mesh: Mesh) -> Training:
     data = open_data(config.data, packing, tokenizer, vocab=progress.words)
     recipe = recipe.lasting(_steps(config, recipe, data), config.training)
     return Training(config, mesh, replace(spec, dtype=FORMATS[recipe.dtype]), recipe, tokenizer, data, run, beginning, progress)
-
-
-def _tidy(config: RunConfig, mesh: Mesh) -> None:
-    """Clears up after a killed run, and keeps a new one from overwriting an old one."""
-    save, load = config.checkpoint.save, config.checkpoint.load
-    if save is None or not save.is_dir():
-        return
-    if mesh.is_writer:
-        recover(save)
-    mesh.wait()
-    steps = sorted(step for path in save.glob("global_step*") if (step := step_of(path)) is not None)
-    same = load is not None and load.resolve() == save.resolve()
-    if steps and (not same or config.checkpoint.finetune):
-        raise CheckpointError(
-            f"save names {save}, which holds checkpoints already (the last is global_step{steps[-1]}); to go on from there say load={save} finetune=false, "
-            "else choose another folder"
-        )
-
-
-def _beginning(config: RunConfig) -> Beginning:
-    load, save = config.checkpoint.load, config.checkpoint.save
-    if load is None:
-        return "new weights"
-    if config.checkpoint.finetune:
-        return "weights of a checkpoint"
-    if load == save and config.checkpoint.iteration is None and not (load / "latest").exists():
-        logger.info(f"{load} holds no checkpoint yet: training starts with new weights")
-        return "new weights"
-    return "a training that goes on"
 
 
 def _new_rows(config: RunConfig, tokenizer: Tokenizer, tp: int) -> int:
@@ -137,9 +111,10 @@ def _progress(run: Run | None, beginning: Beginning, recipe: Recipe, *, words: i
     fresh = Progress(0, 0, 0, 0, words, recipe.optimizer.kind, (), {}, None, None)
     if run is None or beginning != "a training that goes on":
         return fresh
-    if with_optimizer or (run.checkpoint.folder / STATE).exists():
-        return read_progress(run.checkpoint)
-    step = step_of(run.checkpoint.folder) or 0
+    stored = stored_state(run)
+    if with_optimizer or (stored.folder / STATE).exists():
+        return read_progress(stored)
+    step = step_of(stored.folder) or 0
     return replace(fresh, iteration=step, samples=step * recipe.batching.samples)
 
 
@@ -156,13 +131,16 @@ def build_engine(training: Training) -> Engine:
     mesh, recipe, run = training.mesh, training.recipe, training.run
     numbers = stage_numbers(training.spec.layers, mesh.layout.pp)[mesh.pp.index]
     layers = _loaded(training, run, numbers, recipe.dtype) if run else _drawn(training, numbers)
-    averaged = [make_trainable(layer, mesh.tp) for layer in layers.values()]
-    if any(averaged):
+    lora, tied = training.config.training.lora, training.tied_head
+    if run and lora:
+        put_adapters(layers, lora, run, seed=recipe.seed)
+        tied = None  # what is frozen stays the same at both ends of a pipeline
+    elif sum(make_trainable(layer, mesh.tp) for layer in layers.values()):
         logger.info("norms that had drifted apart between the saved ranks are averaged: they train as one from here on")
-    engine = start_engine(TrainedStage(layers, recompute=recipe.recompute), mesh, recipe, words=training.progress.words, tied_head=training.tied_head)
+    engine = start_engine(TrainedStage(layers, recompute=recipe.recompute), mesh, recipe, words=training.progress.words, tied_head=tied)
     if run is not None and training.beginning == "a training that goes on" and not training.config.checkpoint.no_load_optim:
-        restore(engine, run.checkpoint, training.progress)
-    elif run is not None and recipe.dtype != torch.float32:
+        restore(engine, stored_state(run), training.progress)
+    elif run is not None and not lora and recipe.dtype != torch.float32:
         write_masters(engine, lambda number: _in_fp32(training, run, number))  # else they would be what was rounded to half precision
     return engine
 

@@ -27,10 +27,10 @@ def read_layers(engine: Engine) -> Iterator[tuple[int, Tensors, dict[str, Tensor
 
     dp = engine.mesh.dp
     _link(engine)
-    for place, (number, layer) in enumerate(saved_layers(engine)):
+    for place, (number, held) in enumerate(engine.stage.kept()):
         weights: Tensors = {}
         states: dict[str, Tensors] = {}
-        for path, parameter, _ in named_rules(layer):
+        for path, parameter, _ in held:
             weight = _whole(parameter)
             found = {MASTER: weight.float()}
             if parameter.requires_grad:
@@ -43,13 +43,6 @@ def read_layers(engine: Engine) -> Iterator[tuple[int, Tensors, dict[str, Tensor
                 states[path] = {name: tensor.to("cpu", copy=True) for name, tensor in found.items()}
         if weights:
             yield number, weights, states
-
-
-def saved_layers(engine: Engine) -> Iterator[tuple[int, nn.Module]]:
-    """The layers that have files: a tied head lies in the embedding's."""
-    for name, layer in engine.stage.layers.items():
-        if name == "0" or not hasattr(layer, "word_embeddings"):
-            yield int(name), layer
 
 
 def state_names(engine: Engine) -> list[str]:
@@ -87,10 +80,10 @@ def _cut(engine: Engine, shards: Shards) -> Iterator[tuple[nn.Parameter, Tensors
     """Every trainable parameter with what this rank holds of each of its states."""
     tp, device = engine.mesh.tp, engine.mesh.device
     for name, layer in engine.stage.layers.items():
-        stored = shards(0 if hasattr(layer, "word_embeddings") else int(name))
-        for path, parameter, rule in named_rules(layer):
-            if parameter.requires_grad:
-                yield parameter, {key: take(_plain(rule), parts, tp.index, tp.size).to(device) for key, parts in stored[path].items()}
+        trained = [entry for entry in named_rules(layer) if entry[1].requires_grad]
+        stored = shards(0 if hasattr(layer, "word_embeddings") else int(name)) if trained else {}
+        for path, parameter, rule in trained:
+            yield parameter, {key: take(_plain(rule), parts, tp.index, tp.size).to(device) for key, parts in stored[path].items()}
 
 
 def _plain(rule: Rule) -> Rule:
