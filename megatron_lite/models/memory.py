@@ -5,18 +5,40 @@ from dataclasses import dataclass
 from megatron_lite.models.spec import BYTES, ModelSpec
 from megatron_lite.parallel.layout import Layout, stage_numbers
 
+PARTS = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "masters": "fp32 masters",
+    "optimizer": "optimizer states",
+    "cache": "KV cache",
+    "activations": "activations",
+    "logits": "logits",
+    "buffers": "buffers",
+}
+"""Fields of a footprint, and what people call them."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class Footprint:
     """Bytes on one GPU."""
 
     weights: int
-    cache: int
-    activations: int
+    gradients: int = 0
+    masters: int = 0
+    optimizer: int = 0
+    cache: int = 0
+    activations: int = 0
+    logits: int = 0
+    buffers: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.cache + self.activations
+        return sum(self.parts.values())
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Bytes by what they are for, of all parts that there are."""
+        return {name: size for field, name in PARTS.items() if (size := getattr(self, field))}
 
 
 def layer_parameters(spec: ModelSpec, number: int, tp: int) -> int:
@@ -43,16 +65,22 @@ def parameters(spec: ModelSpec) -> int:
     return sum(layer_parameters(spec, n, 1) for n in numbers) - (spec.vocab * spec.hidden if spec.tied_head else 0)
 
 
+def stage_parameters(spec: ModelSpec, layout: Layout, stage: int) -> int:
+    """Parameters that every process of a pipeline stage holds."""
+    held = sum(layer_parameters(spec, n, layout.tp) for n in stage_numbers(spec.layers, layout.pp)[stage])
+    return held - (layer_parameters(spec, spec.head_number, layout.tp) if spec.tied_head and layout.pp == 1 else 0)
+
+
+def stage_blocks(spec: ModelSpec, layout: Layout, stage: int) -> int:
+    return sum(2 <= n < spec.norm_number for n in stage_numbers(spec.layers, layout.pp)[stage])
+
+
 def generation_footprint(spec: ModelSpec, layout: Layout, stage: int, *, rows: int, context: int) -> Footprint:
     """What generating with `rows` rows of up to `context` tokens takes on every GPU of a pipeline stage."""
     size = BYTES[spec.dtype]
     numbers = stage_numbers(spec.layers, layout.pp)[stage]
-    weights = sum(layer_parameters(spec, n, layout.tp) for n in numbers)
-    if spec.tied_head and layout.pp == 1:
-        weights -= layer_parameters(spec, spec.head_number, layout.tp)
-    blocks = sum(2 <= n < spec.norm_number for n in numbers)
     kv_heads = max(1, spec.kv_heads // layout.tp)
-    cache = blocks * 2 * kv_heads * spec.head_dim * context * rows * size
+    cache = stage_blocks(spec, layout, stage) * 2 * kv_heads * spec.head_dim * context * rows * size
     widest = 3 * spec.hidden + (3 * spec.hidden + 2 * spec.ffn) // layout.tp
     logits = rows * -(-spec.vocab // layout.tp) * (size + 4 * (1 + layout.tp)) if spec.head_number in numbers else 0
-    return Footprint(weights * size, cache, rows * context * widest * size + logits)
+    return Footprint(weights=stage_parameters(spec, layout, stage) * size, cache=cache, activations=rows * context * widest * size + logits)
