@@ -1,6 +1,6 @@
 """How many bytes a training needs on each GPU, by part, as DeepSpeed 0.19 keeps things. Pure Python."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from megatron_lite.models.memory import Footprint, stage_blocks, stage_parameters
 from megatron_lite.models.spec import BYTES, ModelSpec
