@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Converts a checkpoint: any format and cut to NeoX layer files of any cut, or to a Hugging Face folder."""
+"""Converts a checkpoint: any format and cut to NeoX layer files of any cut, or to a Hugging Face folder; low-rank adapters can be merged into it."""
 
 import argparse
 import shutil
@@ -13,6 +13,7 @@ sys.path[:] = [*(folder for folder in sys.path if folder != ROOT), ROOT]  # last
 
 import torch  # noqa: E402
 
+from megatron_lite.checkpoint.adapters import Adapters, read_adapters  # noqa: E402
 from megatron_lite.checkpoint.config_json import stated_spec  # noqa: E402
 from megatron_lite.checkpoint.convert import Model, to_huggingface, to_neox  # noqa: E402
 from megatron_lite.checkpoint.find import CheckpointLayout, check_numbers, find_checkpoint  # noqa: E402
@@ -48,6 +49,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=tuple(BYTES), help="number format to write (default: the YAML's, or the folder's first weights')")
     parser.add_argument("--iteration", type=int, help="step to read, instead of the one that `latest` names")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer JSON to put beside the weights (default: the YAML's vocab_file)")
+    parser.add_argument("--lora", metavar="FOLDER", type=Path, help="merge these low-rank adapters, of a training with lora or in PEFT's format")
     parser.add_argument("--verify", action="store_true", help="compare the logits of a few tokens through both, in fp32")
     return parser.parse_args(words)
 
@@ -65,7 +67,8 @@ def convert(options: argparse.Namespace) -> None:
     first = source.shards(0)["word_embeddings.weight"][0].dtype
     dtype: torch.dtype = getattr(torch, options.dtype) if options.dtype else first
     tp = options.model_parallel_size if options.to == "neox" else 1
-    model = Model(source, architecture, replace(spec, vocab=-(-rows // tp) * tp))
+    adapters = read_adapters(options.lora, architecture, spec, source) if options.lora else None
+    model = Model(source, architecture, replace(spec, vocab=-(-rows // tp) * tp), adapters)
     with progress("converting", parameters(model.spec) * dtype.itemsize) as advance:
         if options.to == "neox":
             step = int(layout.tag.removeprefix("global_step")) if layout.tag.removeprefix("global_step").isdigit() else 0
@@ -73,11 +76,12 @@ def convert(options: argparse.Namespace) -> None:
         else:
             averaged = to_huggingface(model, options.target, dtype=dtype, extra={}, progress=advance)
             copy_tokenizer(options.tokenizer or (config.tokenizer.vocab_file if config else options.source / "tokenizer.json"), options.target)
-    print(f"{layout} -> {find_checkpoint(options.target)}")
+    added = f" with the adapters of {adapters.folder}" if adapters else ""
+    print(f"{layout}{added} -> {find_checkpoint(options.target)}")
     if averaged:
         print(f"{len(averaged)} tensors ({averaged[0]}, ...) differed between the saved ranks and are averaged: this format knows one for all of them")
     if options.verify:
-        difference = (logits(layout, architecture, spec) - logits(find_checkpoint(options.target), architecture, spec)).abs().max().item()
+        difference = (logits(layout, architecture, spec, adapters) - logits(find_checkpoint(options.target), architecture, spec)).abs().max().item()
         print(f"largest difference of logits over 32 tokens, in fp32: {difference:.2e}")
 
 
@@ -95,14 +99,16 @@ def copy_tokenizer(path: Path | None, folder: Path) -> None:
 
 
 @torch.inference_mode()
-def logits(layout: CheckpointLayout, architecture: Architecture, spec: ModelSpec) -> torch.Tensor:
-    """Logits of 32 tokens from the whole model in fp32."""
+def logits(layout: CheckpointLayout, architecture: Architecture, spec: ModelSpec, adapters: Adapters | None = None) -> torch.Tensor:
+    """Logits of 32 tokens from the whole model in fp32, with these adapters."""
     source, mesh = open_source(layout, architecture, spec), single_mesh()
     rows = vocabulary_rows(source)
     plan = architecture.plan(replace(spec, vocab=rows), mesh.tp)
     layers = load_layers(plan, stage_numbers(spec.layers, 1)[0], source, tp=mesh.tp, dtype=torch.float32, device=mesh.device, progress=lambda count: None)
     x = torch.randint(min(rows, 1000), (1, 32), generator=torch.Generator().manual_seed(0))
-    for layer in layers.values():
+    for number, layer in layers.items():
+        if adapters:
+            adapters.merge_into(layer, number, mesh.tp)
         x = layer(x)
     return x[..., : min(rows, 1000)]
 

@@ -12,11 +12,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_lite.checkpoint.adapters import Adapters
 from megatron_lite.checkpoint.source import Source
 from megatron_lite.checkpoint.write import name_latest, step_folder, write_layer
 from megatron_lite.errors import CheckpointError, OutputError
 from megatron_lite.models.architecture import Architecture
 from megatron_lite.models.spec import ModelSpec
+from megatron_lite.parallel.adapter import merged_parts
 from megatron_lite.parallel.layout import stage_numbers
 from megatron_lite.parallel.mesh import Axis
 from megatron_lite.parallel.shards import RankLocal, Replicate, Rule, take
@@ -26,11 +28,12 @@ Progress = Callable[[int], object]
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint to convert, and what it is."""
+    """A checkpoint to convert, and what it is. `adapters` are merged into it."""
 
     source: Source
     architecture: Architecture
     spec: ModelSpec
+    adapters: Adapters | None = None
 
     def layers(self) -> Iterator[tuple[int, dict[str, tuple[Rule, list[Tensor]]]]]:
         """Number -> name -> how it is cut and its stored parts, for every layer that has weights of its own."""
@@ -45,7 +48,10 @@ class Model:
                 module, _, name = path.rpartition(".")
                 if path not in shards:
                     raise CheckpointError(f"{self.source.place(number)} lacks {path}; is it a checkpoint of this architecture?")
-                found[path] = (cast(dict[str, Rule], layer.get_submodule(module).rules)[name], list(shards[path]))
+                rule = cast(dict[str, Rule], layer.get_submodule(module).rules)[name]
+                pair = self.adapters.pairs.get((number, module)) if self.adapters and name == "weight" else None
+                parts = merged_parts(shards[path], rule, pair.a, pair.b.float() * pair.scale) if pair else list(shards[path])
+                found[path] = (rule, parts)
             yield number, found
 
 

@@ -3,6 +3,7 @@
 A and B of a layer live beside its weight, in one module, so that the layer's own names and rules stay what they are.
 """
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -105,5 +106,15 @@ def adapt(layer: nn.Module, path: str, *, rank: int, scale: float, tp: Axis) -> 
 @torch.no_grad()
 def merge_delta(weight: Tensor, rule: Rule, a: Tensor, b: Tensor, *, index: int, size: int) -> None:
     """Adds B A to this rank's part of a weight, in fp32, then rounded to the weight's own format."""
+    weight.copy_(merged(weight, rule, a, b, index=index, size=size))
+
+
+def merged(weight: Tensor, rule: Rule, a: Tensor, b: Tensor, *, index: int, size: int) -> Tensor:
+    """The part that rank `index` of `size` holds of W + B A, in fp32."""
     delta = low_rank_delta(rule, a.to(weight.device, torch.float32), b.to(weight.device, torch.float32), index=index, size=size)
-    weight.copy_(delta.add_(weight))
+    return delta.add_(weight)
+
+
+def merged_parts(stored: Sequence[Tensor], rule: Rule, a: Tensor, b: Tensor) -> list[Tensor]:
+    """W + B A in fp32, cut as W is stored."""
+    return [merged(part, rule, a, b, index=index, size=len(stored)) for index, part in enumerate(stored)]

@@ -13,6 +13,7 @@ from megatron_lite.checkpoint.find import CheckpointLayout
 from megatron_lite.checkpoint.peft import WEIGHTS, Pair, write_peft
 from megatron_lite.checkpoint.pickled import open_pickled
 from megatron_lite.config.lora import LoraSection
+from megatron_lite.config.sections import Family
 from megatron_lite.errors import CheckpointError, LayoutError
 from megatron_lite.models.architecture import Architecture
 from megatron_lite.models.spec import ModelSpec
@@ -56,15 +57,14 @@ def targets(layer: nn.Module, lora: LoraSection, family: str) -> list[str]:
     return [path for path, _ in linears(layer) if path.rpartition(".")[2] in chosen]
 
 
-def put_adapters(layers: Mapping[int, nn.Module], lora: LoraSection, run: Run, *, seed: int) -> None:
-    """Freezes this rank's layers and puts adapters on them: those of the run, or new ones, the same at every cut, which add nothing at first."""
-    tp = run.mesh.tp
+def put_adapters(layers: Mapping[int, nn.Module], lora: LoraSection, known: Adapters | None, *, family: Family, seed: int, tp: Axis) -> None:
+    """Freezes this rank's layers and puts adapters on them: those that are known, or new ones, the same at every cut, which add nothing at first."""
     for number, layer in layers.items():
         layer.requires_grad_(False).train()
-        for path in targets(layer, lora, run.spec.family):
+        for path in targets(layer, lora, family):
             made = adapt(layer, path, rank=lora.rank, scale=lora.scale, tp=tp)
-            if run.adapters:
-                _fill(made, run.adapters.pairs[number, path], tp)
+            if known:
+                _fill(made, known.pairs[number, path], tp)
             else:
                 _draw(made, (seed, number, path), tp)
             for name, parameter in ((A, made.lora_A), (B, made.lora_B)):

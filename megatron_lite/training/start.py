@@ -133,7 +133,7 @@ def build_engine(training: Training) -> Engine:
     layers = _loaded(training, run, numbers, recipe.dtype) if run else _drawn(training, numbers)
     lora, tied = training.config.training.lora, training.tied_head
     if run and lora:
-        put_adapters(layers, lora, run, seed=recipe.seed)
+        put_adapters(layers, lora, run.adapters, family=run.spec.family, seed=recipe.seed, tp=mesh.tp)
         tied = None  # what is frozen stays the same at both ends of a pipeline
     elif sum(make_trainable(layer, mesh.tp) for layer in layers.values()):
         logger.info("norms that had drifted apart between the saved ranks are averaged: they train as one from here on")
