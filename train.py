@@ -9,22 +9,21 @@ ROOT = str(Path(__file__).resolve().parent)
 sys.path[:] = [*(folder for folder in sys.path if folder != ROOT), ROOT]
 
 from launcher.command import Command  # noqa: E402
-from launcher.worker import work  # noqa: E402
+from launcher.worker import give_up, work  # noqa: E402
 
 
 def main(command: Command) -> None:
     from megatron_lite.config.load import load_config
     from megatron_lite.log import set_up_logging
+    from megatron_lite.training.live import Uses
     from megatron_lite.training.train import train
 
     set_up_logging()
     config = load_config(command.configs, command.overrides)
+    evaluate = None
     if config.evaluation.eval_tasks:
         from megatron_lite.evaluation.evaluate import evaluate
-
-        train(config, evaluate=evaluate)
-    else:
-        train(config)
+    train(config, Uses(evaluate), give_up=give_up)
 
 
 if __name__ == "__main__":

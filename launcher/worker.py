@@ -96,6 +96,12 @@ def tell(failure: Failure) -> None:
         print(f"rank {failure.rank}: " if local else "", failure.sentence or failure.trace, sep="", file=sys.stderr)
 
 
+def give_up(error: UserError) -> NoReturn:
+    """Says why and ends this process now, from any thread: the main one may be waiting for ever."""
+    tell(failure_of(error))
+    leave(2)
+
+
 def leave(code: int) -> NoReturn:
     """Ends this process now; a communication library must not keep it waiting for neighbours that failed too."""
     for stream in (sys.stdout, sys.stderr):

@@ -136,7 +136,7 @@ REFUSED = [
     ("preferences", '"train_impl": "dpo", "dpo_beta": 0.2', "train_impl"),
     ("muP", '"use_mup": true, "mup_width_scale": 4', "use_mup"),
     ("soft prompts", '"soft_prompt_tuning": {"enabled": true, "num_tokens": 10}', "soft_prompt_tuning"),
-    ("8-bit Adam", '"use_bnb_optimizer": true', "use_bnb_optimizer"),
+    ("curriculum", '"curriculum_learning": {"enabled": true, "curriculum_type": "seqlen"}', "curriculum_learning"),
 ]
 
 

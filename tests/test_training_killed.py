@@ -36,6 +36,23 @@ def alive(folder: Path) -> list[str]:
     return lines
 
 
+def started(folder: Path, process: subprocess.Popen[str]) -> list[int]:
+    """The process ids of both ranks of a training, as soon as it has taken a step."""
+    end = time.monotonic() + 300
+    while not (folder / "out" / "metrics.jsonl").exists() or not losses(folder):
+        assert process.poll() is None, "the training has ended already"
+        assert time.monotonic() < end, "the training does not start"
+        time.sleep(0.1)
+    workers = {rank_of(pid): int(pid) for pid in alive(folder) if int(pid) != process.pid}
+    assert sorted(workers) == [0, 1]
+    return [workers[0], workers[1]]
+
+
+def rank_of(pid: str) -> int:
+    entries = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return next(int(entry[5:]) for entry in entries if entry.startswith(b"RANK="))
+
+
 def test_killed_at_ten_moments_it_always_goes_on_with_the_same_losses(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
@@ -69,17 +86,22 @@ def test_killed_at_ten_moments_it_always_goes_on_with_the_same_losses(tmp_path: 
 
 @pytest.mark.parametrize("to", ["the launcher", "a worker"])
 def test_sigterm_saves_and_leaves_nobody_behind(tmp_path: Path, to: str) -> None:
-    config = write_training(tmp_path, train_iters=100000, eval_interval=1000)
-    process = start(config, "pipe-parallel-size=2")
-    end = time.monotonic() + 120
-    while not (tmp_path / "out" / "metrics.jsonl").exists() or not losses(tmp_path):
-        assert time.monotonic() < end, "the training does not start"
-        time.sleep(0.1)
-    workers = [pid for pid in alive(tmp_path) if int(pid) != process.pid]
-    assert len(workers) == 2
-    os.kill(process.pid if to == "the launcher" else int(workers[1]), signal.SIGTERM)
+    process = start(write_training(tmp_path, train_iters=100000, eval_interval=1000), "pipe-parallel-size=2")
+    workers = started(tmp_path, process)
+    os.kill(process.pid if to == "the launcher" else workers[1], signal.SIGTERM)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 75, said
     assert "asked to stop; saved in" in said
     assert check_sizes(find_checkpoint(tmp_path / "out").folder)
+    assert not alive(tmp_path)
+
+
+def test_a_process_that_stands_still_ends_the_training_with_its_name(tmp_path: Path) -> None:
+    process = start(write_training(tmp_path, train_iters=100000, eval_interval=1000), "pipe-parallel-size=2", "hang_timeout_minutes=0.1")
+    workers = started(tmp_path, process)
+    os.kill(workers[1], signal.SIGSTOP)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 2, said
+    assert f"rank 1 (process {workers[1]} on " in said.splitlines()[-1]
+    assert "has not given a sign of life for 6 s" in said.splitlines()[-1]
     assert not alive(tmp_path)

@@ -10,9 +10,9 @@ from megatron_lite.config.load import load_config
 from megatron_lite.log import set_up_logging
 from megatron_lite.parallel.layout import Layout
 from megatron_lite.parallel.mesh import Mesh
+from megatron_lite.training.live import Uses
 from megatron_lite.training.start import settle
 from megatron_lite.training.train import run_training
-from megatron_lite.training.validate import Evaluate
 from tests.training_models import SECTION
 from tests.worlds import forked
 
@@ -53,7 +53,7 @@ def write_training(folder: Path, **settings: object) -> Path:
     return path
 
 
-def trained(config: Path, layout: Layout | None = None, *, evaluate: Evaluate | None = None, **overrides: object) -> list[str | int | None]:
+def trained(config: Path, layout: Layout | None = None, uses: Uses | None = None, **overrides: object) -> list[str | int | None]:
     """Runs the training on this layout. Returns on every rank what ended it: nothing, the exit code, or the sentence of its error."""
     layout = layout or Layout()
     sizes = {"pipe_parallel_size": layout.pp, "model_parallel_size": layout.tp}
@@ -61,7 +61,7 @@ def trained(config: Path, layout: Layout | None = None, *, evaluate: Evaluate | 
     def run(mesh: Mesh) -> str | int | None:
         set_up_logging()
         try:
-            run_training(settle(load_config([config], {**sizes, **overrides}), mesh), evaluate=evaluate)
+            run_training(settle(load_config([config], {**sizes, **overrides}), mesh), uses or Uses())
         except SystemExit as end:
             return end.code
         except Exception as error:

@@ -276,7 +276,6 @@ REFUSED: dict[str, Refusal] = {
         precompute_model_name=None,
         serve_model_weights=False,
     ),
-    **_refused("optimizers of bitsandbytes are not built; write `optimizer: {type: Adam, ...}`", use_bnb_optimizer=False),
     **_refused("NeoX derives it from optimizer; write `optimizer: {type: ..., params: {lr: ...}}`", optimizer_type="adam", lr=None),
     **_refused(
         "NeoX derives it from zero_optimization; write it there",

@@ -150,11 +150,13 @@ class TokenizerSection(Section):
 class DataSection(Section):
     """What training reads."""
 
-    data_path: Path | None = Field(None, description="one data set, cut into three by split")
+    data_path: Path | None = Field(
+        None, description="one data set, cut into three by split: the prefix of .bin and .idx, or a file of texts (docs/data.md), which is tokenized once"
+    )
     split: str = Field("969, 30, 1", description="parts of data_path for training, validation and test")
-    train_data_paths: Prefixes | None = Field(None, description="data sets to train on")
-    valid_data_paths: Prefixes | None = Field(None, description="data sets to validate on")
-    test_data_paths: Prefixes | None = Field(None, description="data sets to test on")
+    train_data_paths: Prefixes | None = Field(None, description="data sets to train on, named like data_path")
+    valid_data_paths: Prefixes | None = Field(None, description="data sets to validate on, named like data_path")
+    test_data_paths: Prefixes | None = Field(None, description="data sets to test on, named like data_path")
     train_data_weights: Amounts | None = Field(None, description="shares of train_data_paths")
     valid_data_weights: Amounts | None = Field(None, description="shares of valid_data_paths")
     test_data_weights: Amounts | None = Field(None, description="shares of test_data_paths")
@@ -166,7 +168,7 @@ class DataSection(Section):
     data_impl: Literal["infer", "mmap", "cached"] = Field("infer", description="format of the data sets; infer looks at the file")
     pack_impl: Literal["packed", "pack_until_overflow", "unpacked"] = Field("packed", description="how documents fill samples")
     allow_chopped: bool = Field(True, description="false leaves out documents longer than a sample")
-    eod_mask_loss: bool = Field(False, description="no loss on the token between documents")
+    eod_mask_loss: bool = Field(False, description="no loss on what follows the token between documents: the first token of the next one")
     num_workers: Size = Field(2, description="processes that read ahead")
     use_shared_fs: bool = Field(True, description="index files are built once, not once on every host")
 
@@ -189,6 +191,9 @@ class GenerationSection(Section):
     recompute: bool = Field(False, description="no cache: every token is computed from the whole text")
     return_logits: bool = Field(False, description="records hold the logits of every new token")
     generation_batch_size: Count = Field(16, description="(ours) prompts that are generated together")
+    sample_interval: Count | None = Field(
+        None, description="(ours) in training, steps between completions of sample_input_file's prompts (none: of num_samples empty ones); null makes none"
+    )
 
 
 class EvaluationSection(Section):
@@ -240,6 +245,8 @@ class TrainingSection(Section):
     lora: LoraSection | None = Field(
         None, description="(ours) train low-rank adapters and leave the weights as they are: {rank: 16, alpha: 32, targets: [query_key_value]}"
     )
+    hang_timeout_minutes: Amount = Field(30.0, description="(ours) a rank for which the others have waited so long ends the training by name; 0 never")
+    use_bnb_optimizer: bool = Field(False, description="Adam keeps its averages in 8 bits; needs the package bitsandbytes")
     check: bool = Field(False, description="(ours) take two steps, validate, save and clear away what was saved: whether all of it works (--check)")
 
 

@@ -10,51 +10,57 @@ from megatron_lite.data.batches import TokenBatch
 from megatron_lite.errors import DataError, TrainingError
 from megatron_lite.log import logger
 from megatron_lite.metrics.metrics import Metrics, open_metrics
-from megatron_lite.parallel.stage import Stage
 from megatron_lite.training.engine import Step
 from megatron_lite.training.interrupt import Interruption, stop
 from megatron_lite.training.job import announce, identify, metrics_folder, saver_for, told
+from megatron_lite.training.live import Uses, live_stage
 from megatron_lite.training.report import Reporter, clock
 from megatron_lite.training.resume import loss_scaler_of
 from megatron_lite.training.save import Progress
 from megatron_lite.training.start import Training, build_engine, open_training
 from megatron_lite.training.state import state_names, updates
-from megatron_lite.training.validate import Evaluate, Validator, stream
+from megatron_lite.training.validate import Validator, stream
+from megatron_lite.training.watch import GiveUp, Watch, give_up
 
 PATIENCE = 50
 """Steps in a row that may be skipped because they are not finite."""
 
 
-def train(config: RunConfig, *, evaluate: Evaluate | None = None) -> None:
-    """Trains as the configuration says. Exits with code 75 after a save where it was asked to stop."""
+NOBODY = Uses()
+
+
+def train(config: RunConfig, uses: Uses = NOBODY, *, give_up: GiveUp = give_up) -> None:
+    """Trains as the configuration says. Exits with code 75 after a save where it was asked to stop; `give_up` ends a process that waits in vain."""
     with open_training(config) as training:
-        run_training(training, evaluate=evaluate)
+        run_training(training, uses, give_up=give_up)
 
 
-def run_training(training: Training, *, evaluate: Evaluate | None = None) -> None:
+def run_training(training: Training, uses: Uses = NOBODY, *, give_up: GiveUp = give_up) -> None:
     """Trains to the end, or says that there is nothing to do."""
     config, done, steps = training.config, training.progress.iteration, training.recipe.steps
     if done >= steps:
         logger.info(f"nothing to train: {config.checkpoint.load} is at step {done}, and train_iters is {steps}; raise it, or set finetune: true")
         return
-    if config.evaluation.eval_tasks and training.recipe.zero_stage == 3:
-        logger.warning("eval_tasks are not evaluated while ZeRO 3 spreads the weights; run evaluate.py on the checkpoints that are saved, or use ZeRO 1")
-        evaluate = None
+    if training.recipe.zero_stage == 3:
+        if config.evaluation.eval_tasks:
+            logger.warning("eval_tasks are not evaluated while ZeRO 3 spreads the weights; run evaluate.py on the checkpoints that are saved, or use ZeRO 1")
+        uses = NOBODY
     training = identify(training)
-    with open_metrics(config.logging, told(config), folder=metrics_folder(config), is_writer=training.mesh.is_writer) as metrics:
-        Loop(training, metrics, evaluate).run()
+    watch = Watch(training.mesh, 60 * config.training.hang_timeout_minutes, give_up)
+    with watch, open_metrics(config.logging, told(config), folder=metrics_folder(config), is_writer=training.mesh.is_writer) as metrics:
+        Loop(training, metrics, uses, watch).run()
 
 
 class Loop:
     """A training under way."""
 
-    def __init__(self, training: Training, metrics: Metrics, evaluate: Evaluate | None) -> None:
-        self.training, self.metrics, self.evaluate = training, metrics, evaluate
+    def __init__(self, training: Training, metrics: Metrics, uses: Uses, watch: Watch) -> None:
+        self.training, self.metrics, self.uses, self.watch = training, metrics, uses, watch
         self.config, self.recipe = training.config, training.recipe
         self.first, self.progress = training.progress.iteration, training.progress
         self.last = min(self.first + 2, self.recipe.steps) if self.config.training.check else self.recipe.steps
         self.engine = build_engine(training)
-        self.validator = Validator(training, self.engine)
+        self.validator = Validator(training, self.engine, watch)
         self.saver = saver_for(training)
         self.reporter = Reporter(metrics, training.spec, self.recipe, training.mesh, self.config)
         self.in_a_row, self.saved = 0, -1
@@ -80,10 +86,11 @@ class Loop:
         batches = self.training.batches("train", self.recipe.steps * self.recipe.batching.samples)
         if batches is None:
             raise DataError("there is no data to train on; set data_path, or train_data_paths")
-        return stream(self.training, batches, self.progress.samples)
+        return self.watch.reading(stream(self.training, batches, self.progress.samples))
 
     def _step(self, batches: Iterator[TokenBatch]) -> None:
         self.saver.check()
+        self.watch.at(self.progress.iteration + 1, "computing")
         rate = self.recipe.schedule(self.progress.iteration)
         self.reporter.begin()
         step = self.engine.step(batches, rate=rate)
@@ -117,19 +124,15 @@ class Loop:
             best = self.progress.best_validation
             self.progress = replace(self.progress, best_validation=loss if best is None else min(best, loss))
             self.reporter.validated(iteration, loss)
-        if self.evaluate is not None and self.config.evaluation.eval_tasks:
-            values = self.evaluate(self._live_stage(), self.training.spec, self.training.tokenizer, self.config.evaluation)
+        if self.uses.evaluate is not None and self.config.evaluation.eval_tasks:
+            self.watch.at(iteration, "evaluating tasks")
+            values = self.uses.evaluate(live_stage(self.engine, self.training.spec), self.training.spec, self.training.tokenizer, self.config.evaluation)
             self.metrics.log({f"eval/{name}": value for name, value in values.items()}, step=iteration)
-
-    def _live_stage(self) -> Stage:
-        """The layers that are being trained, as evaluation knows them."""
-        layers = {int(number): layer for number, layer in self.engine.stage.layers.items()}
-        dtype = next(parameter.dtype for layer in layers.values() for parameter in layer.parameters())
-        return Stage(layers, self.engine.mesh, self.training.spec.hidden, dtype)
 
     def _save(self) -> None:
         if self.saved != self.progress.iteration:
             self.saved = self.progress.iteration
+            self.watch.at(self.saved, "saving")
             self.saver.save(self.engine, self._as_saved())
 
     def _as_saved(self) -> Progress:

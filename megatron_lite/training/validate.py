@@ -1,21 +1,15 @@
 """Loss on held-out samples, the same ones every time, and the best there was."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_lite.config.sections import EvaluationSection
 from megatron_lite.data.batches import Batches, TokenBatch
 from megatron_lite.data.sources import Purpose
-from megatron_lite.data.tokenizer import Tokenizer
 from megatron_lite.log import logger
-from megatron_lite.models.spec import ModelSpec
-from megatron_lite.parallel.stage import Stage
 from megatron_lite.training.engine import Engine
 from megatron_lite.training.start import Training
-
-Evaluate = Callable[[Stage, ModelSpec, Tokenizer, EvaluationSection], Mapping[str, float]]
-"""Scores the model as it is after a step, for eval_tasks: names such as piqa_acc. Called by all ranks."""
+from megatron_lite.training.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -24,6 +18,7 @@ class Validator:
 
     training: Training
     engine: Engine
+    watch: Watch
 
     def is_due(self, iteration: int) -> bool:
         section = self.training.config.training
@@ -34,7 +29,7 @@ class Validator:
         section, batching = self.training.config.training, self.training.recipe.batching
         count = (1 if section.check else section.eval_iters) * batching.accumulation
         batches = self.training.batches(purpose, count * batching.micro * batching.replicas)
-        return None if batches is None else self.engine.validate(stream(self.training, batches, 0), count)
+        return None if batches is None else self.engine.validate(self.watch.reading(stream(self.training, batches, 0)), count)
 
     def look_at_start(self) -> None:
         """The loss of the first step's samples before anything is trained: of weights that were loaded it must be better than guessing."""
