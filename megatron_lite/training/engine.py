@@ -142,14 +142,16 @@ def _started(parts: Parts, tied_head: int | None) -> Engine:
     stage, mesh, optimizer = parts.stage, parts.mesh, parts.optimizer
     if mesh.pp.size == 1:
         started, *_ = deepspeed.initialize(model=stage, optimizer=optimizer, config=settings(parts.recipe), mpu=Cut(mesh))
-        started.enable_backward_allreduce = _sums_gradients(parts)
-        return PlainEngine(parts, started)
+        plain = PlainEngine(parts, started)
+        plain.deepspeed.enable_backward_allreduce = _sums_gradients(parts)
+        return plain
     from megatron_lite.training.pipeline import pipeline_of
 
     module = pipeline_of(stage, mesh.layout, mesh.pp, parts.loss, tied_head=tied_head)
     started, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings(parts.recipe))
-    started.pipeline_enable_backward_allreduce = _sums_gradients(parts)
-    return PipelineEngine(parts, started)
+    engine = PipelineEngine(parts, started)
+    engine.deepspeed.pipeline_enable_backward_allreduce = _sums_gradients(parts)
+    return engine
 
 
 def _sums_gradients(parts: Parts) -> bool:
