@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from launcher.hardware import Hardware
 from megatron_lite.models.memory import Footprint, generation_footprint
 from megatron_lite.models.spec import ModelSpec
+from megatron_lite.models.training_memory import Training, training_footprint
 from megatron_lite.parallel.layout import Layout
 
 ITSELF = {"GPU": 2**30, "slot": 2**30, "CPU": 2**28, "process": 0}  # bytes a process takes before it holds a tensor: the CUDA context, or torch
@@ -30,6 +31,7 @@ class Plan:
     rows: int
     context: int
     stages: tuple[Footprint, ...]
+    work: str
     notes: tuple[str, ...] = ()
     fewer_rows: int | None = None
 
@@ -67,22 +69,37 @@ class Plan:
         free, ranks = self.hardware.memory, range(self.layout.size)
         if free is None or self.total <= free:
             return None
-        return f"needs {gigabytes(self.total)} on CPU in float32 ({self._parts(ranks, 'the processes themselves')}); {gigabytes(free)} of memory are free"
+        return f"needs {gigabytes(self.total)} on CPU{self._format} ({self._parts(ranks, 'the processes themselves')}); {gigabytes(free)} of memory are free"
+
+    @property
+    def _format(self) -> str:
+        return " in float32" if self.rows else ""
 
     def _parts(self, ranks: list[int] | range, itself: str) -> str:
-        prints = [self.stages[self.stage(rank)] for rank in ranks]
-        parts = {
-            "weights": sum(footprint.weights for footprint in prints),
-            "KV cache": sum(footprint.cache for footprint in prints),
-            "activations": sum(footprint.activations for footprint in prints),
-            itself: self.itself * len(prints),
-        }
+        prints = [self.stages[self.stage(rank)].parts for rank in ranks]
+        names = dict.fromkeys(name for parts in prints for name in parts)
+        parts = {name: sum(parts.get(name, 0) for parts in prints) for name in names}
+        parts[itself] = self.itself * len(prints)
         return ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items())
 
 
 def weigh(hardware: Hardware, layout: Layout, spec: ModelSpec, *, rows: int, context: int) -> Plan:
+    """What generating with so many rows of up to so many tokens takes."""
     stages = tuple(generation_footprint(spec, layout, stage, rows=rows, context=context) for stage in range(layout.pp))
-    return Plan(hardware, layout, rows, context, stages)
+    return Plan(hardware, layout, rows, context, stages, f"{rows} row{'s' * (rows > 1)} at once of up to {context} tokens")
+
+
+def weigh_training(hardware: Hardware, layout: Layout, spec: ModelSpec, training: Training) -> Plan:
+    stages = tuple(training_footprint(spec, layout, stage, training) for stage in range(layout.pp))
+    return Plan(hardware, layout, 0, training.tokens, stages, training_work(training))
+
+
+def training_work(training: Training) -> str:
+    """What is trained and how, in words."""
+    what = f"LoRA of rank {training.lora.rank}" if training.lora else "full training"
+    activations = "activations computed again" if training.recompute else "all activations kept"
+    offload = ", optimizer on the host" if training.offload_optimizer else ""
+    return f"{what}: {training.rows} x {training.tokens} tokens at once, ZeRO {max(1, training.zero)}, {activations}{offload}"
 
 
 def gigabytes(size: int) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from launcher.fit import Wish, fit_devices, layouts_for, replicate, sizes, wish_of
+from launcher.fit import Wish, fit_devices, layouts_for, sizes, wish_of
 from launcher.hardware import Hardware
 from launcher.plan import Demand, Plan, gigabytes, weigh, with_note
 from megatron_lite.config.sections import RunConfig
@@ -84,12 +84,6 @@ def plan_anyway(config: RunConfig, hardware: Hardware, entries: int, *, demand: 
     planner = Planner(config, hardware, entries, demand)
     layout, line = fit_devices(planner.wish, hardware, planner.spec(planner.wish.layout))
     return with_note(planner.weigh(layout, planner.row_choices[0]), line)
-
-
-def plan_training(config: RunConfig, hardware: Hardware, entries: int) -> Plan:
-    """The plan for training: the layout as it was asked for, and as many replicas as the devices hold. Of memory it knows the weights only."""
-    planner = Planner(config, hardware, entries)
-    return planner.weigh(replicate(planner.wish, hardware, planner.spec(planner.wish.layout)), 0)
 
 
 def plan_settings(plan: Plan, config: RunConfig) -> dict[str, object]:

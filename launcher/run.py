@@ -12,11 +12,12 @@ from launcher.hardware import Hardware
 from launcher.job import Job
 from launcher.multinode import run_on_hosts
 from launcher.plan import Plan
-from launcher.planner import plan_anyway, plan_generation, plan_settings, plan_training, vocabulary_entries
+from launcher.planner import plan_anyway, plan_generation, plan_settings, vocabulary_entries
 from launcher.replicas import plan_evaluation
 from launcher.show import describe_devices, show_run
 from launcher.site import Site, find_site
 from launcher.spawn import new_log_folder, spawn
+from launcher.train_plan import plan_training
 from megatron_lite.config.load import load_config
 from megatron_lite.config.sections import RunConfig
 from megatron_lite.data.jsonl import trim_cut_line
@@ -68,10 +69,10 @@ def attempt(make: Callable[[], T], problems: list[UserError]) -> T | None:
 
 
 def _plan(command: Command, config: RunConfig, hardware: Hardware, entries: int, problems: list[UserError]) -> Plan:
-    if command.script == "train":
-        return plan_training(config, hardware, entries)
     demand = attempt(lambda: demand_of(config), []) if command.script == "generate" else None
     try:
+        if command.script == "train":
+            return plan_training(config, hardware, entries)
         if command.script == "evaluate":
             return plan_evaluation(config, hardware, entries)
         return plan_generation(config, hardware, entries, demand=demand)
@@ -79,6 +80,8 @@ def _plan(command: Command, config: RunConfig, hardware: Hardware, entries: int,
         if not command.dry_run:
             raise
         problems.append(problem)
+        if command.script == "train":
+            return plan_training(config, hardware, entries, anyway=True)
         return plan_anyway(config, hardware, entries, demand=demand)
 
 

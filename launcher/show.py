@@ -8,14 +8,13 @@ from megatron_lite.config.show import settings
 from megatron_lite.parallel.layout import stage_numbers
 
 LONGEST = 60  # characters of a value
-LAYOUT = ("stage", "ranks", "layers", "weights", "KV cache", "activations", "process", "total", "free")
 
 
 def show_run(config: RunConfig, plan: Plan, changes: Mapping[str, object]) -> str:
     """Settings, layout and memory. `changes` are the settings that the plan replaces."""
     rows = [("setting", "value", "set by"), *_settings(config, changes)]
     notes = [*config.notes, *plan.notes]
-    parts = [table(rows), _headline(plan), table([LAYOUT, *_stages(config, plan)], right=range(3, 9)), _closing(plan), "\n".join(notes)]
+    parts = [table(rows), _headline(plan), stage_table(config, plan), _closing(plan), "\n".join(notes)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -40,11 +39,18 @@ def describe_devices(plan: Plan) -> str:
     return f"{count} {'CPU ' if plan.hardware.kind == 'CPU' else ''}process{'es' * (count > 1)}"
 
 
-def _stages(config: RunConfig, plan: Plan) -> Iterator[tuple[str, ...]]:
+def stage_table(config: RunConfig, plan: Plan) -> str:
+    """What every process of a stage takes, by part."""
+    parts = list(dict.fromkeys(name for footprint in plan.stages for name in footprint.parts))
+    header = ("stage", "ranks", "layers", *parts, "process", "total", "free")
+    return table([header, *_stages(config, plan, parts)], right=range(3, len(header)))
+
+
+def _stages(config: RunConfig, plan: Plan, parts: Sequence[str]) -> Iterator[tuple[str, ...]]:
     for stage, (numbers, footprint) in enumerate(zip(stage_numbers(config.model.num_layers, plan.layout.pp), plan.stages, strict=True)):
         ranks = [rank for rank in range(plan.layout.size) if plan.stage(rank) == stage]
         free = [free for rank in ranks if plan.hardware.kind != "CPU" and (free := plan.hardware.devices[rank].free) is not None]
-        sizes = (footprint.weights, footprint.cache, footprint.activations, plan.itself, footprint.total + plan.itself)
+        sizes = (*(footprint.parts.get(name, 0) for name in parts), plan.itself, footprint.total + plan.itself)
         yield f"{stage}", _span(ranks), _layers(numbers, config.model.num_layers), *map(gigabytes, sizes), gigabytes(min(free)) if free else "-"
 
 
@@ -63,11 +69,10 @@ def _span(numbers: Sequence[int], width: int = 0) -> str:
 
 
 def _closing(plan: Plan) -> str:
-    work = f"{plan.rows} row{'s' * (plan.rows > 1)} at once of up to {plan.context} tokens" if plan.rows else "weights only, without what training adds"
     if plan.hardware.kind != "CPU":
-        return f"reckoned for {work}"
+        return f"reckoned for {plan.work}"
     free = f" of {gigabytes(plan.hardware.memory)} of memory that are free" if plan.hardware.memory is not None else ""
-    return f"reckoned for {work}, in float32; all processes together take {gigabytes(plan.total)}{free}"
+    return f"reckoned for {plan.work}{', in float32' * bool(plan.rows)}; all processes together take {gigabytes(plan.total)}{free}"
 
 
 def table(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> str:

@@ -6,7 +6,8 @@ import pytest
 
 from launcher.hardware import Device, Hardware
 from launcher.plan import Demand, Plan
-from launcher.planner import plan_generation, plan_settings, plan_training
+from launcher.planner import plan_generation, plan_settings
+from launcher.train_plan import plan_training
 from megatron_lite.config.load import load_config
 from megatron_lite.errors import FitError, LayoutError
 from megatron_lite.parallel.layout import Layout

@@ -32,6 +32,7 @@ MAY_IMPORT = {
         "parallel.layout",
         "models.spec",
         "models.memory",
+        "models.training_memory",
         "checkpoint.find",
         "data.tokenizer",
         "data.prompts",

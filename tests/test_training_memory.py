@@ -87,11 +87,11 @@ BIG = ModelSpec(
 STEP = Training(rows=1, tokens=2048, accumulation=16, recompute=1, zero=1)
 
 
-def test_20b_in_bfloat16_takes_18_bytes_a_parameter_of_one_replica_and_6_and_a_share_of_12_of_several() -> None:
+def test_20b_in_bfloat16_takes_20_bytes_a_parameter_in_one_replica_and_8_and_a_share_of_12_in_several() -> None:
     parameters = 20_554_567_680
     one, four = (training_footprint(BIG, Layout(dp=dp), 0, STEP) for dp in (1, 4))
-    assert [size // parameters for size in (one.weights, one.gradients, one.masters, one.optimizer)] == [2, 4, 4, 8]
-    assert [size / parameters for size in (four.weights, four.gradients, four.masters, four.optimizer)] == [2, 4, 1, 2]
+    assert [round(size / parameters, 1) for size in (one.weights, one.gradients, one.masters, one.optimizer)] == [2, 5.9, 4, 8]
+    assert [round(size / parameters, 1) for size in (four.weights, four.gradients, four.masters, four.optimizer)] == [2, 6, 1, 2]
     third = training_footprint(BIG, Layout(dp=4), 0, replace(STEP, zero=3))
     assert [size / parameters for size in (third.weights, third.gradients, third.masters, third.optimizer)] == [0.5, 1, 1, 2]
 
@@ -101,7 +101,7 @@ def test_adapters_alone_have_gradients_masters_and_states() -> None:
     trained = adapter_parameters(BIG, Layout(), 0, lora)
     assert trained == 44 * 16 * ((6144 + 3 * 6144) + (6144 + 6144))
     plan = training_footprint(BIG, Layout(), 0, replace(STEP, lora=lora))
-    assert (plan.gradients, plan.masters, plan.optimizer) == (4 * trained, 4 * trained, 8 * trained)
+    assert (plan.gradients, plan.masters, plan.optimizer) == (4 * trained, 4 * trained, 8 * trained)  # those of the weights have room in the activations'
     assert plan.weights == generation_footprint(BIG, Layout(), 0, rows=0, context=0).weights + 2 * trained
     assert plan.total < 48e9
 

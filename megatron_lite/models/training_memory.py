@@ -56,15 +56,15 @@ def training_footprint(spec: ModelSpec, layout: Layout, stage: int, training: Tr
     kept, work = _activations(spec, layout, stage, training)
     logits = _logits(spec, layout, stage, training)
     before = max(logits, work)  # the backward pass begins with the logits, and with room for no gradient yet
-    after = coming + max(work, reducing)
+    beyond = max(0, coming + max(work, reducing) - kept - before)
     return Footprint(
         weights=weights,
-        gradients=gradients,
+        gradients=gradients + min(beyond, coming),
         masters=0 if on_host or (training.zero == 3 and spec.dtype == "float32") else 4 * own,
         optimizer=0 if on_host else 4 * training.states * own,
         activations=kept + before - logits,
         logits=logits,
-        buffers=gathered + max(0, after - kept - before),
+        buffers=gathered + max(0, beyond - coming),
     )
 
 
