@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import cast
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialized
 from torch import Tensor
 
 from megatron_lite.checkpoint.config_json import read_json
@@ -120,7 +120,7 @@ def write_peft(folder: Path, pairs: Mapping[str, tuple[Tensor, Tensor]], *, rank
     for module, (a, b) in pairs.items():  # safetensors wants every tensor to have memory of its own
         tensors[f"base_model.model.{module}.lora_A.weight"] = a.contiguous().clone()
         tensors[f"base_model.model.{module}.lora_B.weight"] = b.contiguous().clone()
-    save_file(tensors, folder / WEIGHTS, {"format": "pt", **metadata})
+    (folder / WEIGHTS).write_bytes(serialized(tensors, {"format": "pt", **metadata}))  # save_file would make a file that only its owner can read
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return [folder / WEIGHTS, folder / CONFIG]
 

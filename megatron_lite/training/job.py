@@ -77,7 +77,7 @@ def announce(training: Training, engine: Engine) -> None:
     """What is trained, how, and from where on."""
     recipe, progress, mesh = training.recipe, training.progress, training.mesh
     count = sum(parameter.numel() for parameter in engine.stage.parameters() if parameter.requires_grad)
-    batching = recipe.batching
+    batching, lora = recipe.batching, training.config.training.lora
     logger.info(
         f"{training.beginning}{f' ({training.run.checkpoint})' if training.run else ''}: steps {progress.iteration + 1} to {recipe.steps} on {mesh.layout}, "
         f"{str(recipe.dtype).removeprefix('torch.')}, ZeRO {recipe.zero_stage}, {count:,} parameters in this process"
@@ -86,5 +86,9 @@ def announce(training: Training, engine: Engine) -> None:
         f"a step is {batching.samples} samples of {training.config.model.seq_length} tokens: {batching.micro} at once x {batching.accumulation} x "
         f"{batching.replicas} data-parallel; {recipe.optimizer.kind}, lr {recipe.schedule.peak:g} {recipe.schedule.style}"
     )
+    if lora:
+        frozen = sum(parameter.numel() for parameter in engine.stage.parameters()) - count
+        begun = f"those in {training.run.adapters.folder}" if training.run and training.run.adapters else "new ones"
+        logger.info(f"low-rank adapters of rank {lora.rank}, alpha {lora.alpha:g} on {', '.join(lora.targets)} ({begun}); {frozen:,} parameters are frozen")
     if not training.data.parts["valid"] and training.config.training.eval_interval is not None:
         logger.info("there are no data to validate on: split leaves no document for it, or valid_data_paths is not set")

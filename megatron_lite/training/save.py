@@ -162,7 +162,7 @@ class Saver:
         put_in_place(draft, final)
         name_latest(self.folder, final.name)
         sync(self.folder)
-        logger.info(f"saved {final}: {_size(entries):.2f} GB")
+        logger.info(f"saved {final}: {_size(entries)}")
         self._delete_old(progress.iteration)
 
     def _delete_old(self, newest: int) -> None:
@@ -186,5 +186,6 @@ def _await(ready: Callable[[], bool], otherwise: str) -> None:
         time.sleep(0.02)
 
 
-def _size(entries: Mapping[str, Entry]) -> float:
-    return sum(entry.bytes for entry in entries.values()) / 1e9
+def _size(entries: Mapping[str, Entry]) -> str:
+    total = sum(entry.bytes for entry in entries.values())
+    return f"{total / 1e9:.2f} GB" if total >= 1e8 else f"{total / 1e6:.1f} MB"
