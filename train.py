@@ -14,6 +14,7 @@ from launcher.worker import give_up, work  # noqa: E402
 
 def main(command: Command) -> None:
     from megatron_lite.config.load import load_config
+    from megatron_lite.inference.live import completer, unlikelihoods
     from megatron_lite.log import set_up_logging
     from megatron_lite.training.live import Uses
     from megatron_lite.training.train import train
@@ -23,7 +24,7 @@ def main(command: Command) -> None:
     evaluate = None
     if config.evaluation.eval_tasks:
         from megatron_lite.evaluation.evaluate import evaluate
-    train(config, Uses(evaluate), give_up=give_up)
+    train(config, Uses(evaluate, completer(config) if config.generation.sample_interval else None, unlikelihoods), give_up=give_up)
 
 
 if __name__ == "__main__":

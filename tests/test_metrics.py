@@ -1,4 +1,4 @@
-"""Numbers go to metrics.jsonl always, and to Weights & Biases where somebody has set that up."""
+"""Numbers go to metrics.jsonl always, and to Weights & Biases and TensorBoard where somebody has set that up."""
 
 import json
 import sys
@@ -8,8 +8,10 @@ import pytest
 
 from megatron_lite.config.sections import LoggingSection
 from megatron_lite.errors import ConfigError, OutputError
+from megatron_lite.log import logger
 from megatron_lite.metrics import wandb as backend
 from megatron_lite.metrics.metrics import JsonLines, Several, open_metrics
+from megatron_lite.metrics.tensorboard import open_tensorboard
 from megatron_lite.metrics.wandb import Wandb, is_wanted, open_wandb
 
 KEYS = ("WANDB_API_KEY", "WANDB_MODE", "NETRC")
@@ -37,6 +39,40 @@ def test_every_report_is_a_line_with_time_step_and_numbers_and_later_runs_add_to
         {"step": 1, "train/lm_loss": 2.5, "train/learning_rate": 1e-4},
         {"step": 2, "train/lm_loss": 2.5, "train/learning_rate": 1e-4},
     ]
+
+
+def test_tensorboard_shows_the_same_names_and_of_steps_that_were_taken_twice_the_later(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is not installed")
+    board = tmp_path / "board"
+    for after, loss in ((None, 1.0), (2, 3.0)):
+        with open_metrics(section(tensorboard_dir=board), {}, folder=tmp_path, is_writer=True, after=after) as metrics:
+            for step in range((after or 0) + 1, 5):
+                metrics.log({"train/lm_loss": loss * step, "runtime/tokens_per_sec": 10.0}, step=step)
+            metrics.table("samples", ["text", "length"], [["a|b\nc", 2]], step=4)
+    events = accumulator.EventAccumulator(str(board)).Reload()
+    assert events.Tags()["scalars"] == ["train/lm_loss", "runtime/tokens_per_sec"]
+    assert [(event.step, event.value) for event in events.Scalars("train/lm_loss")] == [(1, 1.0), (2, 2.0), (3, 9.0), (4, 12.0)]
+    text = events.Tensors("samples/text_summary")[-1]
+    assert text.tensor_proto.string_val[0].decode() == "| text | length |\n| --- | --- |\n| a\\|b<br>c | 2 |"
+
+
+def test_without_tensorboard_one_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.setattr(logger, "propagate", True)
+    with open_metrics(section(tensorboard_dir=tmp_path / "board"), {}, folder=tmp_path, is_writer=True) as metrics:
+        metrics.log({"train/lm_loss": 1.0}, step=1)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"tensorboard_dir is {tmp_path / 'board'}, but the package tensorboard is not installed, and nothing is written there; "
+        "run `pip install tensorboard`, or set tensorboard_dir to null"
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl"]
+
+
+def test_a_folder_of_tensorboard_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    (tmp_path / "board").write_text("")
+    with pytest.raises(OutputError, match=r"TensorBoard's files cannot be written to .*board: .*; set tensorboard_dir to another folder"):
+        open_tensorboard(tmp_path / "board")
 
 
 def test_only_the_writer_writes(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Where numbers go: always to metrics.jsonl, and to Weights & Biases where that is wanted. Training and evaluation know only this interface."""
+"""Where numbers go: always to metrics.jsonl, and to Weights & Biases and TensorBoard where that is wanted. Others know only this interface."""
 
 import json
 import time
@@ -18,7 +18,7 @@ class Metrics(Protocol):
         """Reports numbers by name, such as train/lm_loss or eval/piqa_acc; steps do not go back."""
         ...
 
-    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, step: int | None = None) -> None:
         """Reports a table, where there is somebody to look at tables."""
         ...
 
@@ -41,7 +41,7 @@ class JsonLines:
         self._file.write(json.dumps({"time": round(time.time(), 3), **at, **values}) + "\n")
         self._file.flush()
 
-    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, step: int | None = None) -> None:
         """Nothing: a file of numbers is no place for it."""
 
     def close(self) -> None:
@@ -58,9 +58,9 @@ class Several:
         for part in self.parts:
             part.log(values, step=step)
 
-    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, step: int | None = None) -> None:
         for part in self.parts:
-            part.table(name, columns, rows)
+            part.table(name, columns, rows, step=step)
 
     def close(self) -> None:
         for part in self.parts:
@@ -68,8 +68,9 @@ class Several:
 
 
 @contextmanager
-def open_metrics(section: LoggingSection, settings: Mapping[str, object], *, folder: Path, is_writer: bool) -> Iterator[Metrics]:
-    """The places that the configuration asks for, on the writer; nowhere on the other ranks. `settings` is what a run is told to consist of."""
+def open_metrics(section: LoggingSection, settings: Mapping[str, object], *, folder: Path, is_writer: bool, after: int | None = None) -> Iterator[Metrics]:
+    """The places that the configuration asks for, on the writer; nowhere on the other ranks. `settings` is what a run is told to consist of, `after` the
+    step that a training goes on from."""
     parts: list[Metrics] = []
     if is_writer:
         parts.append(JsonLines(folder / FILE))
@@ -77,6 +78,10 @@ def open_metrics(section: LoggingSection, settings: Mapping[str, object], *, fol
 
         if is_wanted(section):
             parts.append(open_wandb(section, settings))
+        from megatron_lite.metrics.tensorboard import open_tensorboard
+
+        if section.tensorboard_dir and (board := open_tensorboard(section.tensorboard_dir, after=after)):
+            parts.append(board)
     metrics = Several(parts)
     try:
         yield metrics

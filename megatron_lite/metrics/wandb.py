@@ -26,10 +26,10 @@ class Wandb:
     def log(self, values: Mapping[str, float], *, step: int | None = None) -> None:
         self.run.log(dict(values), step=step)
 
-    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, step: int | None = None) -> None:
         import wandb
 
-        self.run.log({name: wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
+        self.run.log({name: wandb.Table(columns=list(columns), data=[list(row) for row in rows])}, step=step)
 
     def close(self) -> None:
         self.run.finish()

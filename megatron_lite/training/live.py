@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_lite.config.sections import EvaluationSection, RunConfig
+from megatron_lite.config.sections import EvaluationSection
 from megatron_lite.data.tokenizer import Tokenizer
 from megatron_lite.models.spec import ModelSpec
 from megatron_lite.parallel.stage import Stage
@@ -11,8 +11,8 @@ from megatron_lite.training.engine import Engine
 
 Evaluate = Callable[[Stage, ModelSpec, Tokenizer, EvaluationSection], Mapping[str, float]]
 """Scores the model on eval_tasks: names such as piqa_acc. Called by all ranks, as all of these are."""
-Complete = Callable[[Stage, ModelSpec, Tokenizer, RunConfig], Sequence[Mapping[str, object]]]
-"""Completes the prompts of sample_input_file: the records that generate.py would write."""
+Complete = Callable[[Stage, ModelSpec, Tokenizer], Sequence[Mapping[str, object]]]
+"""Completes some prompts: the records that generate.py would write."""
 Measure = Callable[[Stage, ModelSpec, Sequence[Sequence[int]], int], Sequence[float]]
 """The negative log-probability of every row of tokens behind its first, of a vocabulary of so many words."""
 

@@ -16,6 +16,7 @@ from megatron_lite.training.job import announce, identify, metrics_folder, saver
 from megatron_lite.training.live import Uses, live_stage
 from megatron_lite.training.report import Reporter, clock
 from megatron_lite.training.resume import loss_scaler_of
+from megatron_lite.training.samples import Sampler
 from megatron_lite.training.save import Progress
 from megatron_lite.training.start import Training, build_engine, open_training
 from megatron_lite.training.state import state_names, updates
@@ -44,10 +45,13 @@ def run_training(training: Training, uses: Uses = NOBODY, *, give_up: GiveUp = g
     if training.recipe.zero_stage == 3:
         if config.evaluation.eval_tasks:
             logger.warning("eval_tasks are not evaluated while ZeRO 3 spreads the weights; run evaluate.py on the checkpoints that are saved, or use ZeRO 1")
+        if config.generation.sample_interval:
+            logger.warning("no samples are completed while ZeRO 3 spreads the weights; run generate.py on the checkpoints that are saved, or use ZeRO 1")
         uses = NOBODY
     training = identify(training)
     watch = Watch(training.mesh, 60 * config.training.hang_timeout_minutes, give_up)
-    with watch, open_metrics(config.logging, told(config), folder=metrics_folder(config), is_writer=training.mesh.is_writer) as metrics:
+    folder, is_writer = metrics_folder(config), training.mesh.is_writer
+    with watch, open_metrics(config.logging, told(config), folder=folder, is_writer=is_writer, after=done or None) as metrics:
         Loop(training, metrics, uses, watch).run()
 
 
@@ -61,6 +65,7 @@ class Loop:
         self.last = min(self.first + 2, self.recipe.steps) if self.config.training.check else self.recipe.steps
         self.engine = build_engine(training)
         self.validator = Validator(training, self.engine, watch)
+        self.sampler = Sampler(training, self.engine, metrics, metrics_folder(self.config), uses.complete)
         self.saver = saver_for(training)
         self.reporter = Reporter(metrics, training.spec, self.recipe, training.mesh, self.config)
         self.in_a_row, self.saved = 0, -1
@@ -68,7 +73,7 @@ class Loop:
     def run(self) -> None:
         """From where the training stands to its end."""
         announce(self.training, self.engine)
-        self.validator.look_at_start()
+        self.validator.look_at_start(self.uses.measure)
         batches = self._batches()
         started, interruption = time.monotonic(), Interruption(self.training.mesh)
         try:
@@ -103,6 +108,9 @@ class Loop:
             self.reporter.report(iteration, step, rate=rate, skipped=skipped)
         if self.validator.is_due(iteration):
             self._validate(iteration)
+        if self.sampler.is_due(iteration):
+            self.watch.at(iteration, "completing prompts")
+            self.sampler.sample(iteration)
         if is_save_due(self.config, iteration):
             self._save()
 
