@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_lite.checkpoint.find import CheckpointLayout, Format
+from megatron_lite.checkpoint.mesh_transformer import layer_count, leaves, read_array, shard_arrays
 from megatron_lite.checkpoint.pickled import open_pickled
 from megatron_lite.errors import CheckpointError
 
@@ -27,6 +28,9 @@ class Stored:
 
 def stored_tensors(layout: CheckpointLayout) -> Iterator[Stored]:
     """Every tensor of the checkpoint, file by file. Raises CheckpointError at a missing, damaged or untrusted file."""
+    if layout.format == "mesh-transformer":
+        yield from _leaves(layout)
+        return
     for file, layer, part in files_of(layout):
         for name, tensor in _open(file, layout.format).items():
             if layer is not None:
@@ -42,8 +46,21 @@ def files_of(layout: CheckpointLayout) -> list[tuple[Path, int | None, int]]:
         return [(layout.layer_file(number, part), number, part) for number in layout.numbers for part in range(layout.tp)]
     if layout.format == "sequential":
         return [(layout.rank_file(part), None, part) for part in range(layout.tp)]
+    if layout.format == "mesh-transformer":
+        return [(path, None, part) for part in range(layout.tp) for path in layout.array_files(part)]
     names = sorted(layout.folder.glob("model*.safetensors")) or sorted(layout.folder.glob("pytorch_model*.bin"))
     return [(path, None, 0) for path in names]
+
+
+def _leaves(layout: CheckpointLayout) -> Iterator[Stored]:
+    """The arrays of every shard under the names that they had; without names where an optimizer's stand among them."""
+    for part in range(layout.tp):
+        arrays = list(shard_arrays(layout, part))
+        layers = layer_count(len(arrays))
+        names = [(leaf.layer, leaf.name if leaf.layer is not None else f"{leaf.module}.{leaf.name}") for leaf in leaves(layers)] if layers else []
+        names += [(None, "step")] if layers else [(None, f"leaf {number}") for number in range(len(arrays))]
+        for (layer, name), (file, member) in zip(names, arrays, strict=True):
+            yield Stored(file, layer, part, name, read_array(file, member))
 
 
 def _open(path: Path, kind: Format) -> Mapping[str, Tensor]:

@@ -9,9 +9,10 @@ from typing import Literal
 
 from megatron_lite.errors import CheckpointError
 
-Format = Literal["neox", "sequential", "huggingface"]
+Format = Literal["neox", "sequential", "huggingface", "mesh-transformer"]
 
 LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
+SHARD, STEP, ARRAYS = re.compile(r"shard_(\d+)"), re.compile(r"step_(\d+)"), re.compile(r"(\d+)\.npz")  # of mesh-transformer-jax
 RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 HUGGINGFACE_FILES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
 
@@ -32,6 +33,14 @@ class CheckpointLayout:
     def rank_file(self, part: int) -> Path:
         return self.folder / f"mp_rank_{part:02d}_model_states.pt"
 
+    def shard(self, part: int) -> Path:
+        return self.folder / f"shard_{part}"
+
+    def array_files(self, part: int) -> list[Path]:
+        """Files of one shard, in the order of what they hold."""
+        numbers = sorted(int(match[1]) for path in self.shard(part).glob("*.npz") if (match := ARRAYS.fullmatch(path.name)))
+        return [self.shard(part) / f"{number}.npz" for number in numbers]
+
     def __str__(self) -> str:
         step = f" {self.tag}" if self.tag else ""
         return f"{self.folder if not self.tag else self.folder.parent}{step} ({self.format}, model-parallel-size {self.tp})"
@@ -51,6 +60,10 @@ def find_checkpoint(folder: Path, *, iteration: int | None = None) -> Checkpoint
         return _neox(folder, folder.name)
     if iteration is None and "config.json" in names and "latest" not in names:
         raise CheckpointError(f"{folder} has a config.json but none of {', '.join(HUGGINGFACE_FILES)}; is the download complete?")
+    if (step := _mesh_transformer_step(folder, names, iteration)) is not None:
+        return _mesh_transformer(step)
+    if "latest" not in names:
+        _refuse_adapters(folder, names)
     tag = f"global_step{iteration}" if iteration is not None else _latest(folder)
     if not (folder / tag).is_dir():
         asked = f"iteration {iteration} was asked for" if iteration is not None else f"{folder / 'latest'} names {tag}"
@@ -84,6 +97,26 @@ def _steps(folder: Path) -> str:
     return f"the steps there are: {', '.join(steps)}" if steps else "there is no global_step folder in it either"
 
 
+def _mesh_transformer_step(folder: Path, names: set[str], iteration: int | None) -> Path | None:
+    """The folder of shards of mesh-transformer-jax: this one, or the step in it that is asked for, else the last."""
+    if iteration is None and any(SHARD.fullmatch(name) for name in names):
+        return folder
+    steps = {int(match[1]): folder / name for name in names if (match := STEP.fullmatch(name))} if "latest" not in names else {}
+    return steps.get(max(steps) if iteration is None else iteration) if steps else None
+
+
+def _mesh_transformer(folder: Path) -> CheckpointLayout:
+    found = sorted(int(match[1]) for name in _names(folder) if (match := SHARD.fullmatch(name)))
+    if not found:
+        raise CheckpointError(f"{folder} holds no folder shard_0; is the download complete, and is it the right folder?")
+    layout = CheckpointLayout("mesh-transformer", folder, folder.name, found[-1] + 1, ())
+    files = max(int(path.stem) for part in found for path in layout.array_files(part)) + 1 if any(layout.array_files(part) for part in found) else 1
+    wanted = [layout.shard(part) / f"{number}.npz" for part in range(layout.tp) for number in range(files)]
+    missing = [f"{path.parent.name}/{path.name}" for path in wanted if not path.is_file()]
+    _refuse_missing(folder, missing, f"the others are {layout.tp} shards of {files} files")
+    return layout
+
+
 def _neox(folder: Path, tag: str) -> CheckpointLayout:
     parts: dict[int, set[int]] = defaultdict(set)
     names = _names(folder)
@@ -102,12 +135,18 @@ def _neox(folder: Path, tag: str) -> CheckpointLayout:
 def _sequential(folder: Path, tag: str, names: set[str]) -> CheckpointLayout:
     ranks = sorted(int(match[1]) for name in names if (match := RANK_FILE.fullmatch(name)))
     if not ranks:
+        _refuse_adapters(folder, names)
         raise CheckpointError(
             f"{folder} holds neither layer_*-model_*-model_states.pt nor mp_rank_*_model_states.pt files; is the download complete, and is it the right folder?"
         )
     layout = CheckpointLayout("sequential", folder, tag, ranks[-1] + 1, ())
     _refuse_missing(folder, [layout.rank_file(part).name for part in range(layout.tp) if part not in ranks], "files with higher numbers are there")
     return layout
+
+
+def _refuse_adapters(folder: Path, names: set[str]) -> None:
+    if "adapter_config.json" in names:
+        raise CheckpointError(f"{folder} holds low-rank adapters, no model; name them with lora_load, and with load the checkpoint that they were trained on")
 
 
 def _refuse_missing(folder: Path, missing: list[str], why: str) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from megatron_lite.checkpoint.config_json import stated_activation
 from megatron_lite.checkpoint.find import CheckpointLayout, check_numbers
 from megatron_lite.checkpoint.huggingface import HuggingFaceFolder
+from megatron_lite.checkpoint.mesh_transformer import MeshTransformerFolder
 from megatron_lite.checkpoint.neox import LayerFiles
 from megatron_lite.checkpoint.reader import Mapping, Range, Reader, mappings, range_of
 from megatron_lite.checkpoint.sequential import RankFiles
@@ -34,6 +35,8 @@ def open_source(layout: CheckpointLayout, architecture: Architecture, spec: Mode
     """The reader for the checkpoint's format; spec.vocab is not looked at. Raises CheckpointError for a checkpoint of another model."""
     if layout.format == "huggingface":
         return HuggingFaceFolder(layout, architecture, spec)
+    if layout.format == "mesh-transformer":
+        return MeshTransformerFolder(layout, spec)
     numbers = stage_numbers(spec.layers, 1)[0]
     wanted = numbers[:-1] if spec.tied_head else numbers
     if layout.format == "neox":
