@@ -106,8 +106,12 @@ def test_a_run_without_a_key_is_one_sentence() -> None:
         open_wandb(section(), {})
 
 
-def test_a_server_that_does_not_answer_leaves_the_run_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_does_not_answer_leaves_the_run_on_this_machine_with_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     pytest.importorskip("wandb")
+    monkeypatch.setattr(logger, "propagate", True)
+    monkeypatch.setenv("WANDB_RUN_ID", "thisone1")
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
     monkeypatch.setattr(backend, "PATIENCE", 3.0)
     with open_metrics(section(wandb_host="http://127.0.0.1:9"), {"layers": 2}, folder=tmp_path, is_writer=True) as metrics:
@@ -115,6 +119,9 @@ def test_a_server_that_does_not_answer_leaves_the_run_on_this_machine(tmp_path: 
         assert isinstance(metrics, Several)
         [run] = [part for part in metrics.parts if isinstance(part, Wandb)]
         assert Path(run.run.dir).parent.name.startswith("offline-run-")
+        assert run.run.id == "thisone1"
+    said = [record.getMessage() for record in caplog.records if record.name == logger.name]
+    assert [line.partition(" (")[0] for line in said] == ["Weights & Biases does not answer"]
 
 
 def test_a_missing_package_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,73 +1,60 @@
 """Where a training's numbers end up: Weights & Biases' own files, and the sentence of a save that failed."""
 
-import struct
-from collections.abc import Iterator
-from importlib import import_module
+import json
+import re
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from launcher.cli import main
 from megatron_lite.config.load import load_config
+from megatron_lite.inference.live import completer
 from megatron_lite.models.spec import spec_of
+from megatron_lite.training.live import Uses
 from megatron_lite.training.report import flops_per_token
 from tests.disks import no_file_beyond
 from tests.training_runs import trained, write_training
 
 ROOT = Path(__file__).parents[1]
-KEYS = {
-    *("train/lm_loss", "train/learning_rate", "train/loss_scale", "train/grad_norm", "train/skipped_steps"),
-    *("runtime/iteration_time", "runtime/steps_per_sec", "runtime/samples_per_sec", "runtime/tokens_per_sec", "runtime/flops_per_sec_per_gpu"),
-    *("validation/lm_loss", "validation/lm_loss_ppl", "test/lm_loss", "test/lm_loss_ppl"),
-}
+PAGE = ROOT / "docs/training.md"
 
 
-BLOCK, HEADER = 1 << 15, 7
+def documented() -> set[str]:
+    """The names in the table of docs/training.md."""
+    _, _, rest = PAGE.read_text(encoding="utf-8").partition("| name | what it is |\n|---|---|\n")
+    cells = [line.split("|")[1] for line in rest.partition("\n\n")[0].splitlines()]
+    return {name for cell in cells for name in re.findall("`([^`]+)`", cell)}
 
 
-def _parts(content: bytes) -> Iterator[bytes]:
-    """Records of wandb's file, a LevelDB log: blocks of 32 KiB, in them pieces with checksum, length and kind (1 whole, 2 first, 3 middle, 4 last)."""
-    at, record = HEADER, b""
-    while at + HEADER <= len(content):
-        if BLOCK - at % BLOCK < HEADER:
-            at += BLOCK - at % BLOCK
-            continue
-        _, length, kind = struct.unpack("<IHB", content[at : at + HEADER])
-        record += content[at + HEADER : at + HEADER + length]
-        at += HEADER + length
-        if kind in (1, 4):
-            yield record
-            record = b""
+def records(run: Path) -> list[dict[str, Any]]:
+    """What wandb's own reader finds in the files of a run."""
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(run)]
+    return [json.loads(line) for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()]
 
 
-def _records(folder: Path) -> tuple[list[set[str]], list[str], list[str]]:
-    """Keys of every row of history, ids, and names of the settings in the files of an offline run."""
-    messages = import_module("wandb.proto.wandb_internal_pb2")
-    history, ids, settings = [], [], []
-    for path in sorted(folder.rglob("run-*.wandb")):
-        for part in _parts(path.read_bytes()):
-            record = messages.Record()
-            record.ParseFromString(part)
-            if record.WhichOneof("record_type") == "history":
-                history.append({item.key or "/".join(item.nested_key) for item in record.history.item})
-            if record.WhichOneof("record_type") == "run":
-                ids.append(record.run.run_id)
-                settings += [item.key for item in record.run.config.update]
-    return history, ids, settings
+def logged(run: Path) -> set[str]:
+    """The names in a run's history, those of wandb itself and the parts of a table left out."""
+    names = {name for record in records(run) if record["type"] == "history" for name in record["history"]["item"]}
+    return {name.partition(".")[0] for name in names if not name.startswith("_")}
 
 
-def test_an_offline_run_holds_neox_keys_and_goes_on_under_its_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_at_wandb_holds_the_documented_names_and_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb", reason="wandb is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.delenv("WANDB_RUN_ID", raising=False)
-    config = write_training(tmp_path, use_wandb=True, load=str(tmp_path / "out"))
-    assert trained(config, exit_interval=2) == [None]
-    assert trained(config) == [None]
-    history, ids, settings = _records(tmp_path)
-    assert {key for row in history for key in row if not key.startswith("_")} == KEYS
-    assert len(set(ids)) == 1
-    assert {"hidden_size", "optimizer", "train_iters"} <= set(settings)
+    settings = {"use_wandb": True, "peak_theoretical_tflops": 1.0, "eval_tasks": ["piqa"], "sample_interval": 3, "maximum_tokens": 2}
+    config = write_training(tmp_path, load=str(tmp_path / "out"), **settings)
+    uses = Uses(evaluate=lambda *model: {"<task>_<metric>": 0.5}, complete=completer(load_config([config])))
+    assert trained(config, uses=uses, exit_interval=2) == [None]
+    assert trained(config, uses=uses) == [None]
+    before, after = sorted(tmp_path.glob("wandb/offline-run-*"))
+    assert logged(before) | logged(after) == documented() - {"runtime/peak_memory_gb"}  # of GPUs
+    assert {"hidden_size", "optimizer", "train_iters"} <= next(record for record in records(after) if record["type"] == "run")["run"]["config"]["update"].keys()
+    assert len({record["run"]["run_id"] for run in (before, after) for record in records(run) if record["type"] == "run"}) == 1
 
 
 def test_a_full_disk_ends_the_training_with_the_name_of_the_file(tmp_path: Path) -> None:

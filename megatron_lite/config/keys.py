@@ -133,6 +133,7 @@ WITHOUT_EFFECT: dict[str, Idle] = {
         num_unique_layers=None,
     ),
     **_idle("the operating system keeps data in memory", mmap_warmup=False),
+    **_idle("the norm of the gradient is always reported, as train/grad_norm", log_grad_norm=False),
     **_idle("it belongs to pos_emb rpe, which is refused", rpe_num_buckets=32, rpe_max_distance=128),
     **_idle("it belongs to norm scalenorm, which is refused", scalenorm_epsilon=1e-8),
     **_idle("it belongs to gMLP, which is refused", gmlp_attn_dim=64),
@@ -301,7 +302,9 @@ REFUSED: dict[str, Refusal] = {
     **_refused("every tensor's name and shape is checked when loading, its logits are not", checkpoint_validation_with_forward_pass=False),
     **_refused("perplexity per character is not built", char_level_ppl=False),
     "use_comet": Refusal(None, "Comet is not built; use metrics.jsonl, wandb or TensorBoard", lambda value: value is False),
-    **_refused("this statistic is not built", log_grad_pct_zeros=False, log_optimizer_states=False, log_gradient_noise_scale=False),
+    **_refused(
+        "this statistic is not built", log_grad_pct_zeros=False, log_param_norm=False, log_optimizer_states=False, log_gradient_noise_scale=False
+    ),
     **_refused("profilers are run from outside", profile=False, memory_profiling=False),
 }
 

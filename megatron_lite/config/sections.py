@@ -255,10 +255,8 @@ class LoggingSection(Section):
 
     log_interval: Count = Field(100, description="steps between reports")
     log_dir: Path | None = Field(None, description="folder of the processes' logs")
-    log_grad_norm: bool = Field(False, description="report the norm of the gradient")
-    log_param_norm: bool = Field(False, description="report the norm of the parameters")
     peak_theoretical_tflops: Positive | None = Field(None, description="of one device, to report utilization")
-    tensorboard_dir: Path | None = Field(None, description="folder of TensorBoard's files")
+    tensorboard_dir: Path | None = Field(None, description="folder of TensorBoard's files, where the package tensorboard is installed")
     use_wandb: bool | None = Field(None, description="report to Weights & Biases; null does where a key is found")
     wandb_project: str = Field("neox", description="project")
     wandb_group: str | None = Field(None, description="group of the run")

@@ -54,6 +54,7 @@ def _has_login(host: str) -> bool:
 def open_wandb(section: LoggingSection, settings: Mapping[str, object]) -> Wandb:
     """A new run. Falls back to an offline one, which `wandb sync` can send later, where the server does not answer."""
     try:
+        import wandb
         from wandb.errors import CommError, UsageError
     except ImportError:
         raise ConfigError("use_wandb is true, but the package wandb is not installed; run: pip install wandb, or set use_wandb to false") from None
@@ -65,6 +66,7 @@ def open_wandb(section: LoggingSection, settings: Mapping[str, object]) -> Wandb
         ) from None
     except (CommError, TimeoutError) as error:
         logger.warning(f"Weights & Biases does not answer ({str(error).splitlines()[0]}); the run is kept offline, `wandb sync` sends it later")
+        wandb.teardown()  # else the id of the run counts as taken
         return Wandb(_start(section, settings, "offline"))
 
 
