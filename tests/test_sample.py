@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_lite.inference.request import Request, Sampling
+from megatron_lite.inference.rows import uniform_numbers
 from megatron_lite.inference.sample import Rules, choose, draw, keep_top_k, keep_top_p
 
 CPU = torch.device("cpu")
@@ -24,12 +25,14 @@ def kept(logits: Tensor) -> list[list[int]]:
 
 
 def rules(*settings: Sampling, steps: int = 1, first: int = 0) -> Rules:
-    return Rules.of([Request(first + number, "", (1,), sampling) for number, sampling in enumerate(settings)], steps=steps, device=CPU)
+    requests = [Request(first + number, "", (1,), sampling) for number, sampling in enumerate(settings)]
+    draws = np.array([uniform_numbers(request, steps)[steps - 1] for request in requests])
+    return Rules.of(requests, device=CPU).at(torch.from_numpy(draws))
 
 
 def chosen(logits: Tensor, sampling: Sampling, times: int = 2000) -> Tensor:
     """What many prompts with the same logits choose."""
-    return choose(logits.expand(times, -1), rules(*[sampling] * times), 0)
+    return choose(logits.expand(times, -1), rules(*[sampling] * times))
 
 
 def share(tokens: Tensor, size: int) -> list[float]:
@@ -86,13 +89,13 @@ def test_what_is_kept_keeps_its_proportions() -> None:
 @pytest.mark.parametrize("other", [Sampling(top_k=5), Sampling(top_p=0.5), Sampling(top_k=5, top_p=0.5), Sampling()], ids=str)
 def test_temperature_zero_is_greedy_whatever_else_is_set(other: Sampling) -> None:
     logits = torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(choose(logits, rules(*[other] * 6), 0), logits.argmax(-1))
+    assert torch.equal(choose(logits, rules(*[other] * 6)), logits.argmax(-1))
 
 
 def test_rows_are_sampled_by_their_own_settings() -> None:
     logits = of(0.4, 0.3, 0.2, 0.1).expand(4000, -1)
     settings = [Sampling(), Sampling(temperature=1, top_k=2), Sampling(temperature=1, top_p=0.75), Sampling(temperature=1)] * 1000
-    tokens = choose(logits, rules(*settings), 0)
+    tokens = choose(logits, rules(*settings))
     assert [set(tokens[row::4].tolist()) for row in range(4)] == [{0}, {0, 1}, {0, 1, 2}, {0, 1, 2, 3}]
 
 
@@ -118,11 +121,10 @@ def test_the_extreme_draws_meet_the_first_and_the_last_possible_token(uniform: f
 
 
 def test_draws_depend_on_seed_and_prompt_only() -> None:
-    one = rules(Sampling(seed=7), Sampling(seed=7), steps=5).draws
-    assert torch.equal(rules(Sampling(seed=7), steps=9, first=1).draws[0, :5], one[1])
-    assert not torch.equal(one[0], one[1])
-    assert not torch.equal(rules(Sampling(seed=8), steps=5).draws, one[:1])
-    assert one[0].tolist() == np.random.default_rng((7, 0)).random(5).tolist()
+    one = [rules(Sampling(seed=7), Sampling(seed=7), steps=step).draws for step in range(1, 6)]
+    assert [float(rules(Sampling(seed=7), steps=step, first=1).draws[0]) for step in range(1, 6)] == [float(two[1]) for two in one]
+    assert all(float(two[0]) != float(two[1]) for two in one)
+    assert not torch.equal(rules(Sampling(seed=8), steps=5).draws, one[4][:1])
 
 
 @pytest.mark.parametrize("seed", [-1, 0, 2**70])

@@ -2,13 +2,14 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from megatron_lite.errors import CheckpointError, FitError
+from megatron_lite.errors import FitError
 from megatron_lite.inference.request import Codec, Completion, Request
+from megatron_lite.inference.rows import NO_TOKEN, Row, Scribe, uniform_numbers
 from megatron_lite.inference.sample import Rules, choose
 from megatron_lite.models.cache import Cache
 from megatron_lite.models.spec import ModelSpec
@@ -17,29 +18,6 @@ from megatron_lite.parallel.stage import Stage
 Watch = Callable[[int, list[int]], None]
 """Told the row and its tokens so far, after every token."""
 
-NOT_STARTED = "WARNING: text generation did not start; "
-NO_ROOM = NOT_STARTED + "the prompt fills the whole context"
-ENDED_AT_ONCE = NOT_STARTED + "the model ended the text at once"
-NO_TOKEN = -1
-
-
-@dataclass
-class Row:
-    """One prompt being continued."""
-
-    request: Request
-    limit: int
-    tokens: list[int] = field(default_factory=list)
-    logits: list[list[float]] = field(default_factory=list)
-    text: str | None = None
-    finished: bool = False
-    seconds: float | None = None
-
-    @property
-    def is_done(self) -> bool:
-        return self.seconds is not None
-
-
 class Decoder:
     """Continues prompts with one model. Every rank calls it with the same requests and gets the same completions."""
 
@@ -47,6 +25,7 @@ class Decoder:
         self.stage = stage
         self.spec = spec
         self.tokenizer = tokenizer
+        self.scribe = Scribe(tokenizer, spec.dtype, keep_logits)
         self.context = context
         self.keep_logits = keep_logits
         self.recompute = recompute
@@ -58,14 +37,14 @@ class Decoder:
         for row in rows:
             if row.limit <= 0:
                 row.seconds = 0.0
-                yield self._completion(row)
+                yield self.scribe.completion(row)
         rows = [row for row in rows if not row.is_done]
         if not rows:
             return
         try:
             for row in self._continue(rows, watch):
                 row.seconds = time.monotonic() - started
-                yield self._completion(row)
+                yield self.scribe.completion(row)
         except torch.OutOfMemoryError as error:
             raise FitError(
                 f"generating {len(rows)} rows at once does not fit in the memory of {self.stage.mesh.device}: {str(error).splitlines()[0]}; "
@@ -77,19 +56,20 @@ class Decoder:
         """Rows as they end: at the end of text, a stop string or their limit."""
         text, lengths = self._prompts(rows)
         steps = max(row.limit for row in rows)
-        rules = Rules.of([row.request for row in rows], steps=steps, device=text.device)
+        rules = Rules.of([row.request for row in rows], device=text.device)
+        draws = torch.from_numpy(np.stack([uniform_numbers(row.request, steps) for row in rows])).to(text.device)
         cache = None if self.recompute else self._cache(*text.shape)
         tokens, counts = text[:, : int(lengths.max())], lengths
         open_rows, going = len(rows), torch.ones_like(lengths)  # 0 for a row that has ended: it stays where it is until the others end too
         for step in range(steps):
-            chosen = self._step(tokens, counts, cache, rules, step, rows)
+            chosen = self._step(tokens, counts, cache, rules.at(draws[:, step]), rows)
             for index, token in enumerate(chosen.tolist()):
                 row = rows[index]
                 if not row.is_done:
-                    self._take(row, token)
+                    self.scribe.take(row, token)
                     if watch:
                         watch(index, row.tokens)
-                    if row.finished or len(row.tokens) == row.limit:
+                    if row.has_ended:
                         yield row
             left = [int(not row.is_done) for row in rows]
             if not any(left):
@@ -117,7 +97,7 @@ class Decoder:
         heads = max(1, spec.kv_heads // stage.mesh.tp.size)
         return Cache.empty(stage.layers, spec, rows=rows, slots=slots, heads=heads, dtype=stage.dtype, device=stage.mesh.device)
 
-    def _step(self, tokens: Tensor, counts: Tensor, cache: Cache | None, rules: Rules, step: int, rows: list[Row]) -> Tensor:
+    def _step(self, tokens: Tensor, counts: Tensor, cache: Cache | None, rules: Rules, rows: list[Row]) -> Tensor:
         """The next token of every row [b], having seen its first `counts` [b] of `tokens` [b s]."""
         length = tokens.shape[1]
         last = (counts - 1).clamp(min=0)
@@ -132,7 +112,7 @@ class Decoder:
         def finish(logits: Tensor) -> Tensor:
             words = self.stage.mesh.tp.gather(logits.squeeze(1).contiguous()).float()
             known = words[:, : self.tokenizer.vocab_size]  # rows that only pad the vocabulary were never trained
-            chosen = choose(known, rules, step).where(known.amax(-1).isfinite(), NO_TOKEN)
+            chosen = choose(known, rules).where(known.amax(-1).isfinite(), NO_TOKEN)
             return torch.cat([chosen.unsqueeze(1).double(), words.double()], 1) if self.keep_logits else chosen
 
         width = [self.spec.vocab + 1] if self.keep_logits else []
@@ -147,42 +127,3 @@ class Decoder:
             if not row.is_done:
                 row.logits.append(values)
         return result[:, 0].long()
-
-    def _take(self, row: Row, token: int) -> None:
-        if token == NO_TOKEN:
-            raise CheckpointError(
-                f"the logits of prompt {row.request.id + 1} are no numbers (NaN or infinite) after {len(row.tokens)} tokens: the weights are damaged "
-                f"(tools/inspect_checkpoint.py FOLDER --values counts NaN), or {self.spec.dtype} overflows (try precision=bfloat16 or fp32)"
-            )
-        if token == self.tokenizer.eod:
-            row.finished = True
-            return
-        row.tokens.append(token)
-        if stops := row.request.sampling.stop:
-            end = self._end(row.tokens, max(map(len, stops)) + len(self.tokenizer.decode([token])))
-            if any(stop in end for stop in stops):
-                self._cut(row, stops)
-
-    def _end(self, tokens: list[int], characters: int) -> str:
-        """The end of a text, at least so many characters of it if it has them; a token may be part of a character, or have no text at all."""
-        size = characters + 8
-        while len(text := self.tokenizer.decode(tokens[-size:])) < characters + 3 and size < len(tokens):  # the first 3 may be pieces of one
-            size *= 2
-        return text
-
-    def _cut(self, row: Row, stops: tuple[str, ...]) -> None:
-        """Ends the row before the first stop string."""
-        text = self.tokenizer.decode(row.tokens)
-        found = [text.index(stop) for stop in stops if stop in text]
-        if not found:
-            return
-        row.finished = True
-        row.text = text[: min(found)]
-        while row.tokens and len(self.tokenizer.decode(row.tokens[:-1])) >= len(row.text):
-            row.tokens.pop()
-
-    def _completion(self, row: Row) -> Completion:
-        text = (row.text if row.text is not None else self.tokenizer.decode(row.tokens)) if row.tokens else None
-        message = None if row.tokens else ENDED_AT_ONCE if row.limit > 0 else NO_ROOM
-        logits = row.logits if self.keep_logits else None
-        return Completion(row.request, text, len(row.tokens), row.finished, message, row.seconds or 0.0, logits)

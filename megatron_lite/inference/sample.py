@@ -1,9 +1,8 @@
 """Chooses the next token of every row from its logits. Each rule is a function on fp32 logits [b v]."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,29 +20,31 @@ class Rules:
     temperature: Tensor
     top_k: Tensor
     top_p: Tensor
-    draws: Tensor  # [b steps] uniform numbers in [0, 1)
+    draws: Tensor  # [b] uniform numbers in [0, 1), new ones for every token
     is_greedy: bool
     most: int
     has_top_p: bool
 
     @classmethod
-    def of(cls, requests: Sequence[Request], *, steps: int, device: torch.device) -> "Rules":
+    def of(cls, requests: Sequence[Request], *, device: torch.device) -> "Rules":
         settings = [request.sampling for request in requests]
-        # numbered by seed and prompt, not drawn in turn: the same text at every cut, batch and order
-        draws = np.stack([np.random.default_rng((request.sampling.seed % 2**64, request.id)).random(steps) for request in requests])
         most = [min(s.top_k, 2**31) for s in settings]
         return cls(
             torch.tensor([min(s.temperature, HOTTEST) for s in settings], dtype=torch.float32, device=device),
             torch.tensor(most, device=device),
             torch.tensor([s.top_p for s in settings], dtype=torch.float32, device=device),
-            torch.from_numpy(draws).to(device),
+            torch.zeros(len(settings), dtype=torch.float64, device=device),
             is_greedy=all(s.temperature == 0 for s in settings),
-            most=max(most),
+            most=max(most, default=0),
             has_top_p=any(0 < s.top_p < 1 for s in settings),
         )
 
+    def at(self, draws: Tensor) -> "Rules":
+        """The same rules with the numbers of the next token."""
+        return replace(self, draws=draws)
 
-def choose(logits: Tensor, rules: Rules, step: int) -> Tensor:
+
+def choose(logits: Tensor, rules: Rules) -> Tensor:
     """Token ids [b]: the argmax where temperature is 0, else a draw after temperature, top-k and top-p, in this order."""
     greedy = logits.argmax(-1)
     if rules.is_greedy:
@@ -53,7 +54,7 @@ def choose(logits: Tensor, rules: Rules, step: int) -> Tensor:
         kept = keep_top_k(kept, rules.top_k, most=rules.most)
     if rules.has_top_p:
         kept = keep_top_p(kept, rules.top_p)
-    return greedy.where(rules.temperature == 0, draw(kept, rules.draws[:, step]))
+    return greedy.where(rules.temperature == 0, draw(kept, rules.draws))
 
 
 def keep_top_k(logits: Tensor, top_k: Tensor, *, most: int) -> Tensor:

@@ -25,7 +25,7 @@ class Rotary:
         """[b h s d] turned by the angles of positions [b s] or [s]; computed in fp32."""
         if not self.dim:
             return x
-        cos, sin = (table[positions].unsqueeze(-3) for table in _angles(self.dim, self.base, self.max_positions, x.device))
+        cos, sin = (table[positions].unsqueeze(-3) for table in angles(self.dim, self.base, self.max_positions, x.device))
         turned, kept = x[..., : self.dim].float(), x[..., self.dim :]
         if self.pairing == "half":
             one, two = turned.chunk(2, -1)
@@ -37,7 +37,7 @@ class Rotary:
 
 
 @lru_cache(maxsize=16)
-def _angles(dim: int, base: float, max_positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def angles(dim: int, base: float, max_positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and sin [max_positions, dim/2] in fp32: half precision is off by degrees at large positions."""
     frequencies = base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     angles = torch.outer(torch.arange(max_positions, dtype=torch.float64), frequencies)

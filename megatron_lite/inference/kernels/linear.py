@@ -1,0 +1,165 @@
+"""Matrix products of few rows in Triton: each weight is read once, at the speed of memory, and what surrounds the product costs no launch of its own."""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_lite.inference.kernels.launch import LINE, begin, fetch, options, wait
+
+# m rows, k inputs, n outputs on this rank, c copies of norms
+
+MOST_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a product is cut into programs: rows of the weight and inputs at a time, warps of a program and tiles that are on their way at once. `early`
+    inputs of every row are fetched before the states are there."""
+
+    outputs: int
+    inputs: int
+    warps: int = 4
+    stages: int = 4
+    early: int = 512
+
+
+def tiles_for(rows: int, weight: Tensor) -> Tiles:
+    """What was fastest on an H200 for matrices of 20B, whole and cut in four."""
+    if weight.dtype == torch.float32:
+        return Tiles(32, 32, stages=2)
+    return Tiles(64, 128) if rows <= 16 else Tiles(128, 128, warps=8) if rows <= 64 else Tiles(128, 64, warps=8)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """What belongs to a pair of products: the number of norm copies that each reads, the first copy of the second product, its activation."""
+
+    copies: tuple[int, int] = (1, 1)
+    second: int = 0
+    activation: str = "none"
+
+
+def project(
+    x: Tensor, weights: tuple[Tensor, Tensor], biases: tuple[Tensor | None, Tensor | None], outs: tuple[Tensor, Tensor], plan: Projection, *, tiles: Tiles | None = None
+) -> None:  # fmt: skip
+    """Two products of normed states x [c m k] in one launch; behind the second follows the activation. outs are [m n] each."""
+    rows, width = x.shape[1:]
+    first, second = weights
+    tiles = tiles or tiles_for(rows, first)
+    blocks = triton.cdiv(len(first), tiles.outputs) + triton.cdiv(len(second), tiles.outputs)
+    _project[(blocks,)](
+        x, first, first if biases[0] is None else biases[0], outs[0], second, second if biases[1] is None else biases[1], outs[1],
+        rows, len(first), len(second), len(first) // plan.copies[0], len(second) // plan.copies[1], plan.second,
+        WIDTH=width, BIASED=biases[0] is not None, BIASED_TOO=biases[1] is not None, ACTIVATION=plan.activation,
+        EVEN=not (width % tiles.inputs or len(first) % tiles.outputs or len(second) % tiles.outputs),
+        ROWS=_padded(rows), OUTPUTS=tiles.outputs, INPUTS=tiles.inputs, EARLY=min(tiles.early, width), PER_LINE=LINE // first.element_size(),
+        num_warps=tiles.warps, num_stages=tiles.stages, **options(),
+    )  # fmt: skip
+
+
+def combine(inputs: tuple[Tensor, Tensor], weights: tuple[Tensor, Tensor], out: Tensor, *, tiles: Tiles | None = None) -> None:
+    """Terms [splits m n] in fp32 whose sum is inputs[0] @ weights[0].T + inputs[1] @ weights[1].T."""
+    rows, (outputs, _) = len(inputs[0]), weights[0].shape
+    tiles = tiles or tiles_for(rows, weights[0])
+    widths = weights[0].shape[1], weights[1].shape[1]
+    first = max(1, round(len(out) * widths[0] / sum(widths)))
+    _combine[(triton.cdiv(outputs, tiles.outputs), len(out))](
+        inputs[0], weights[0], inputs[1], weights[1], out, rows, outputs, first, len(out) - first,
+        FIRST_WIDTH=widths[0], SECOND_WIDTH=widths[1], EVEN=not (widths[0] % tiles.inputs or widths[1] % tiles.inputs or outputs % tiles.outputs),
+        ROWS=_padded(rows), OUTPUTS=tiles.outputs, INPUTS=tiles.inputs, EARLY=min(tiles.early, *widths), PER_LINE=LINE // out.element_size(),
+        num_warps=tiles.warps, num_stages=tiles.stages, **options(),
+    )  # fmt: skip
+
+
+def _padded(rows: int) -> int:
+    return max(16, triton.next_power_of_2(rows))
+
+
+@triton.jit
+def _product(
+    x, weight, rows, outputs, at, start, stop, stride, EVEN: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
+    EARLY: tl.constexpr, PER_LINE: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """[OUTPUTS ROWS] of weight @ x.T over the inputs from start to stop. EVEN where tiles end where the matrix does."""
+    row, output = tl.arange(0, ROWS), at + tl.arange(0, OUTPUTS)
+    inputs = tl.arange(0, INPUTS)
+    total = tl.zeros([OUTPUTS, ROWS], tl.float32)
+    lines = weight + output.to(tl.int64)[:, None] * stride
+    weights = lines + inputs[None, :]
+    states = x + row[None, :] * stride + inputs[:, None]
+    if OVERLAP:
+        for line in tl.static_range(0, EARLY, PER_LINE):
+            fetch(tl.where((output < outputs)[:, None], lines + start + line, weight))
+    wait(OVERLAP)
+    for at_input in range(start, stop, INPUTS):
+        if EVEN:
+            w = tl.load(weights + at_input, eviction_policy="evict_first")
+            s = tl.load(states + at_input, (row < rows)[None, :], 0.0)
+        else:
+            inside = at_input + inputs < stop
+            w = tl.load(weights + at_input, (output < outputs)[:, None] & inside[None, :], 0.0, eviction_policy="evict_first")
+            s = tl.load(states + at_input, (row < rows)[None, :] & inside[:, None], 0.0)
+        total = tl.dot(w, s, total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def _project(
+    x, first, first_bias, first_out, second, second_bias, second_out,
+    rows, first_outputs, second_outputs, first_per_copy, second_per_copy, second_copy,
+    WIDTH: tl.constexpr, BIASED: tl.constexpr, BIASED_TOO: tl.constexpr, ACTIVATION: tl.constexpr,
+    EVEN: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
+    EARLY: tl.constexpr, PER_LINE: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    begin(OVERLAP)
+    at = tl.program_id(0) * OUTPUTS
+    before = tl.cdiv(first_outputs, OUTPUTS) * OUTPUTS
+    is_first = at < before
+    if is_first:
+        weight, bias, out, outputs, copy = first, first_bias, first_out, first_outputs, at // first_per_copy
+    else:
+        at -= before
+        weight, bias, out, outputs, copy = second, second_bias, second_out, second_outputs, second_copy + at // second_per_copy
+    at = tl.multiple_of(at, OUTPUTS)
+    total = _product(x + copy * rows * WIDTH, weight, rows, outputs, at, 0, WIDTH, WIDTH, EVEN, ROWS, OUTPUTS, INPUTS, EARLY, PER_LINE, OVERLAP)
+    row, output = tl.arange(0, ROWS), at + tl.arange(0, OUTPUTS)
+    if (BIASED and is_first) or (BIASED_TOO and not is_first):
+        total += tl.load(bias + output, output < outputs, 0.0).to(tl.float32)[:, None]
+    if not is_first:
+        total = _activated(total, ACTIVATION)
+    tl.store(out + row[None, :] * outputs + output[:, None], total, (output < outputs)[:, None] & (row < rows)[None, :])
+
+
+@triton.jit
+def _activated(x, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "gelu_tanh":
+        return x / (1 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))  # (1 + tanh(y)) / 2 is the logistic function of 2 y
+    elif ACTIVATION == "gelu":
+        return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+    else:
+        return x
+
+
+@triton.jit
+def _combine(
+    one, first, other, second, out, rows, outputs, first_splits, second_splits,
+    FIRST_WIDTH: tl.constexpr, SECOND_WIDTH: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
+    EARLY: tl.constexpr, PER_LINE: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    begin(OVERLAP)
+    at, split = tl.program_id(0) * OUTPUTS, tl.program_id(1)
+    if split < first_splits:
+        x, weight, width, splits, part = one, first, FIRST_WIDTH, first_splits, split
+    else:
+        x, weight, width, splits, part = other, second, SECOND_WIDTH, second_splits, split - first_splits
+    length = tl.cdiv(tl.cdiv(width, splits), INPUTS) * INPUTS
+    start = part * length
+    stride = tl.multiple_of(width, 16) if FIRST_WIDTH % 16 == 0 and SECOND_WIDTH % 16 == 0 else width
+    stop = tl.minimum(start + length, width)
+    total = _product(x, weight, rows, outputs, at, start, stop, stride, EVEN, ROWS, OUTPUTS, INPUTS, EARLY, PER_LINE, OVERLAP)
+    row, output = tl.arange(0, ROWS), at + tl.arange(0, OUTPUTS)
+    places = out + (split * rows + row[None, :]) * outputs + output[:, None]
+    tl.store(places, total, (output < outputs)[:, None] & (row < rows)[None, :])
