@@ -3,14 +3,23 @@
 A and B of a layer live beside its weight, in one module, so that the layer's own names and rules stay what they are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_lite.parallel.layers import ColumnLinear, GroupedQueryLinear, PartialRowLinear, RowLinear, StackedColumnLinear, columns
+from megatron_lite.parallel.layers import (
+    ColumnLinear,
+    GroupedQueryLinear,
+    LayerNorm,
+    PartialRowLinear,
+    RowLinear,
+    StackedColumnLinear,
+    VocabularyLinear,
+    columns,
+)
 from megatron_lite.parallel.mesh import Axis
 from megatron_lite.parallel.shards import Replicate, Rule, Split, take
 
@@ -62,8 +71,12 @@ class Adapted(nn.Module):
 class AdaptedColumns(Adapted):
     """Of every layer whose ranks compute different output columns: ColumnLinear, StackedColumnLinear, GroupedQueryLinear."""
 
+    def __init__(self, base: nn.Linear, *, rank: int, scale: float, tp: Axis) -> None:
+        super().__init__(base, rank=rank, scale=scale, tp=tp)
+        self.entry = tp
+
     def forward(self, x: Tensor) -> Tensor:
-        x = self.tp.copy(x)
+        x = self.entry.copy(x)
         if x.dim() == 3:
             return self.adapted(x, self.bias)
         a, b = self.factors()  # an x for every saved rank, from norms that drifted apart
@@ -101,6 +114,19 @@ def adapt(layer: nn.Module, path: str, *, rank: int, scale: float, tp: Axis) -> 
     parent, _, name = path.rpartition(".")
     setattr(layer.get_submodule(parent), name, made)
     return made
+
+
+def sum_before_norms(layers: Iterable[nn.Module], tp: Axis) -> None:
+    """Where frozen norms may differ between ranks, the ranks' gradients are summed before the norms: behind them they belong to different scales."""
+    modules = [module for layer in layers for module in layer.modules()]
+    norms = [module for module in modules if isinstance(module, LayerNorm)]
+    for module in modules if norms else ():  # RMSNorms are the same on every rank
+        if isinstance(module, AdaptedColumns):
+            module.entry = Axis(tp.name)
+        elif isinstance(module, ColumnLinear | VocabularyLinear):
+            module.tp = Axis(tp.name)
+    for norm in norms:
+        norm.register_forward_pre_hook(lambda _, inputs: tp.copy(inputs[0]))
 
 
 @torch.no_grad()

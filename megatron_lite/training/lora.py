@@ -17,7 +17,7 @@ from megatron_lite.config.sections import Family
 from megatron_lite.errors import CheckpointError, LayoutError
 from megatron_lite.models.architecture import Architecture
 from megatron_lite.models.spec import ModelSpec
-from megatron_lite.parallel.adapter import A, Adapted, B, adapt, factor_rules
+from megatron_lite.parallel.adapter import A, Adapted, B, adapt, factor_rules, sum_before_norms
 from megatron_lite.parallel.mesh import Axis
 from megatron_lite.parallel.shards import Replicate, Rule, take
 from megatron_lite.run import Run
@@ -70,6 +70,7 @@ def put_adapters(layers: Mapping[int, nn.Module], lora: LoraSection, known: Adap
             for name, parameter in ((A, made.lora_A), (B, made.lora_B)):
                 if not isinstance(made.rules[name], Replicate):
                     parameter.model_parallel = True  # pyright: ignore[reportAttributeAccessIssue]
+    sum_before_norms(layers.values(), tp)
 
 
 @torch.no_grad()
