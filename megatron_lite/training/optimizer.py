@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron_lite.errors import ConfigError
 from megatron_lite.training.recipe import OptimizerRecipe
 
 Groups = list[dict[str, Any]]
@@ -22,11 +23,29 @@ def parameter_groups(module: nn.Module, decay: float) -> Groups:
 
 def build_optimizer(recipe: OptimizerRecipe, groups: Groups, *, rate: float) -> torch.optim.Optimizer:
     """Adam is AdamW, as in NeoX: the decay is no part of the gradient."""
+    if recipe.eight_bit:
+        return _eight_bit(recipe, groups, rate)
     if recipe.kind == "adam":
         return torch.optim.AdamW(groups, lr=rate, betas=recipe.betas, eps=recipe.eps, fused=True)
     if recipe.kind == "sgd":
         return torch.optim.SGD(groups, lr=rate, momentum=recipe.momentum)
     return Lion(groups, lr=rate, betas=recipe.betas)
+
+
+def _eight_bit(recipe: OptimizerRecipe, groups: Groups, rate: float) -> torch.optim.Optimizer:
+    try:
+        from megatron_lite.training.eight_bit import EightBitAdam
+    except ImportError:
+        raise ConfigError(
+            "use_bnb_optimizer is true, but the package bitsandbytes is not installed; run `pip install bitsandbytes`, or set use_bnb_optimizer to false"
+        ) from None
+    return EightBitAdam(groups, lr=rate, betas=recipe.betas, eps=recipe.eps)
+
+
+def prepare_to_save(optimizer: torch.optim.Optimizer) -> None:
+    """Gives every state of the optimizer the shape of its parameter and the meaning of its name, in whatever form the optimizer keeps it."""
+    if unpack := getattr(optimizer, "unpack", None):
+        unpack()
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -43,6 +43,7 @@ class OptimizerRecipe:
     eps: float
     momentum: float
     weight_decay: float
+    eight_bit: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +79,10 @@ def recipe_of(config: RunConfig, layout: Layout, *, device: str) -> Recipe:
     steps = training.train_iters or 1
     for key in ("hidden_dropout", "attention_dropout"):
         if getattr(config.model, key):
-            raise ConfigError(f"{key} is {getattr(config.model, key)} ({config.where(key)}), but dropout is not built; set it to 0")
+            raise ConfigError(
+                f"{key} is {getattr(config.model, key)} ({config.where(key)}), but dropout is not built: a step must be the same at every cut and after "
+                "every resume; set it to 0, as the files of GPT-NeoX-20B and Pythia do, and see overfitting early in the validation loss"
+            )
     return Recipe(
         batching=batching_of(config, layout.dp),
         steps=steps,
@@ -130,8 +134,11 @@ def optimizer_of(config: RunConfig) -> tuple[OptimizerRecipe, float]:
     if strange := sorted(map(str, params.keys() - known)):
         raise ConfigError(f"optimizer params {', '.join(strange)} ({where}) are not known; known are {', '.join(sorted(known))}")
     betas = params.get("betas", (0.9, 0.99) if kind == "lion" else (0.9, 0.999))
-    decay = float(params.get("weight_decay", config.training.weight_decay))
-    recipe = OptimizerRecipe(kind, (float(betas[0]), float(betas[1])), float(params.get("eps", 1e-8)), float(params.get("momentum", 0.0)), decay)
+    decay, eight_bit = float(params.get("weight_decay", config.training.weight_decay)), config.training.use_bnb_optimizer
+    if eight_bit and kind != "adam":
+        raise ConfigError(f"use_bnb_optimizer is true ({config.where('use_bnb_optimizer')}), and optimizer type is {name} ({where}); it goes with Adam only")
+    eps, momentum = float(params.get("eps", 1e-8)), float(params.get("momentum", 0.0))
+    recipe = OptimizerRecipe(kind, (float(betas[0]), float(betas[1])), eps, momentum, decay, eight_bit)
     return recipe, float(params["lr"])
 
 

@@ -14,6 +14,7 @@ from megatron_lite.training.engine import Step
 from megatron_lite.training.interrupt import Interruption, stop
 from megatron_lite.training.job import announce, identify, metrics_folder, saver_for, told
 from megatron_lite.training.live import Uses, live_stage
+from megatron_lite.training.optimizer import prepare_to_save
 from megatron_lite.training.report import Reporter, clock
 from megatron_lite.training.resume import loss_scaler_of
 from megatron_lite.training.samples import Sampler
@@ -141,6 +142,7 @@ class Loop:
         if self.saved != self.progress.iteration:
             self.saved = self.progress.iteration
             self.watch.at(self.saved, "saving")
+            prepare_to_save(self.engine.optimizer)
             self.saver.save(self.engine, self._as_saved())
 
     def _as_saved(self) -> Progress:
