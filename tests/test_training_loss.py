@@ -1,5 +1,7 @@
 """The loss over a cut vocabulary, its gradient, and the weights that training starts with."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,11 +12,13 @@ from megatron_lite.models.neox import ARCHITECTURE
 from megatron_lite.parallel.cross_entropy import cross_entropy, mean_loss
 from megatron_lite.parallel.layout import Layout
 from megatron_lite.parallel.mesh import Axis, Mesh
+from megatron_lite.training.engine import Step
 from megatron_lite.training.fresh import draw_layer
+from megatron_lite.training.recipe import Batching
 from megatron_lite.training.stage import make_trainable, named_rules
 from tests.models import SMALL
-from tests.training_models import SECTION
-from tests.worlds import in_world
+from tests.training_models import SECTION, batches_for, engine_for, recipe_for
+from tests.worlds import forked, in_world
 
 LOGITS = torch.randn(6, 12, generator=torch.Generator().manual_seed(0)) * 5
 LABELS = torch.tensor([0, 3, 5, 6, 9, 9])
@@ -44,6 +48,26 @@ def test_loss_and_gradient_of_a_cut_vocabulary_are_those_of_the_whole(size: int)
 def test_the_loss_is_the_mean_over_what_is_learned() -> None:
     assert mean_loss(torch.tensor([1.0, 2.0, 6.0]), torch.tensor([1.0, 0.0, 1.0])) == 3.5
     assert mean_loss(torch.tensor([1.0, 2.0]), torch.zeros(2)) == 0
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(pp=2), Layout(tp=2)], ids=str)
+def test_a_micro_batch_of_which_nothing_is_learned_adds_no_loss_and_no_gradient(layout: Layout) -> None:
+    def stepped(mesh: Mesh) -> tuple[Step, Step, float]:
+        recipe = replace(recipe_for(mesh.layout), batching=Batching(micro=2, accumulation=2, replicas=1))
+        engine = engine_for(SMALL, mesh, recipe)
+        first = next(batches_for(engine))
+        masked = replace(first, loss_mask=torch.zeros_like(first.loss_mask))
+        alone, nothing = engine.validate(iter([first]), 1), engine.validate(iter([masked]), 1)
+        half = engine.step(iter([first, masked]), rate=0.0)
+        none = engine.step(iter([masked, masked]), rate=0.0)
+        assert half.loss == pytest.approx(alone / 2, abs=1e-6)
+        return half, none, nothing
+
+    for half, none, nothing in forked(layout, stepped):
+        assert half.applied
+        assert none.applied
+        assert half.gradient_norm > 0
+        assert (none.loss, none.gradient_norm, nothing) == (0.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize("method", ["small_init", "orthogonal"])
