@@ -4,7 +4,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launcher.command import parse_command
+from launcher.command import Command, parse_command
+from launcher.options import PLAN
 from launcher.place import is_one_of_several
 from megatron_lite.errors import ConfigError, UserError
 
@@ -15,6 +16,8 @@ def main(words: Sequence[str]) -> int:
     """Runs a command line and returns the exit code: 2 after a sentence on stderr where something is wrong with what was asked."""
     try:
         command = parse_command(words)
+        if command.script == PLAN:
+            return show_plan(command)
         script = script_file(command.script)
         if is_one_of_several():
             raise ConfigError(f"deepy.py starts one process per device itself; start it once, or let torchrun or srun start {script.name} with the same words")
@@ -30,6 +33,14 @@ def main(words: Sequence[str]) -> int:
     except BrokenPipeError:  # `--dry-run | head` has seen enough
         sys.stdout = None
         return 0
+
+
+def show_plan(command: Command) -> int:
+    from launcher.forecast import outlook_of
+    from launcher.outlook import show_outlook
+
+    print(show_outlook(outlook_of(command)))
+    return 0
 
 
 def script_file(name: str) -> Path:

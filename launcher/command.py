@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-from launcher.options import OPTIONS, SCRIPTS, option_parser
+from launcher.options import OPTIONS, PLAN, SCRIPTS, option_parser
 from megatron_lite.errors import ConfigError
 
 ALIASES = {"eval": "evaluate"}
@@ -59,6 +59,8 @@ def _script(word: str | None) -> str:
     """The name of one of our scripts, or the path of somebody's own."""
     if word is None:
         raise ConfigError(f"no script is named; write for instance ./deepy.py generate.py configs/20B.yml (scripts: {', '.join(SCRIPTS)})")
+    if word == PLAN:
+        return PLAN
     path = Path(word)
     name = ALIASES.get(path.stem, path.stem)
     if name in SCRIPTS and path.parent == Path() and path.suffix in ("", ".py"):

@@ -15,15 +15,19 @@ SCRIPTS = {
     "evaluate": "score a model on tasks of the evaluation harness (also: eval)",
     "train": "train or fine-tune a model",
 }
+PLAN = "plan"
+"""The word that stands in a script's place to ask what a model takes; gpus=2x24GB behind it names another machine."""
 
 DESCRIPTION = "Runs a script with GPT-NeoX configuration files, one process per GPU (per CPU process where there is no GPU).\n\nscripts:\n" + "\n".join(
-    f"  {name + '.py':<14} {phrase}" for name, phrase in SCRIPTS.items()
+    f"  {name if name == PLAN else name + '.py':<14} {phrase}"
+    for name, phrase in {**SCRIPTS, PLAN: "memory and speed to expect, here or with gpus=2x24GB"}.items()
 )
 EXAMPLES = """examples:
   ./deepy.py generate.py configs/20B.yml -i prompts.txt -o samples.txt
   ./deepy.py generate -d configs 20B text_generation temperature=0.8 maximum_tokens=200
   ./deepy.py generate.py configs/20B.yml pipe-parallel-size=1 model-parallel-size=2 --dry-run
   ./deepy.py evaluate.py configs/20B.yml --eval_tasks lambada piqa
+  ./deepy.py plan configs/20B.yml gpus=2x24GB
 
 Options and settings may stand anywhere, with dashes or underscores. Settings on the command line win over files, later files over earlier ones."""
 

@@ -74,7 +74,7 @@ def plan_generation(config: RunConfig, hardware: Hardware, entries: int, *, dema
     plan = next(planner.fitting([layout, *layouts_for(planner.wish, len(hardware), planner.spec(layout))]), None)
     if plan is None:
         least = planner.weigh(layout, planner.row_choices[-1])
-        raise FitError(f"{planner.wish.where} with {layout} and {_rows(least.rows)} at once {least.shortage()}; {_remedy(planner)}")
+        raise FitError(f"{planner.wish.where} with {layout} and {_rows(least.rows)} at once {least.shortage()}; {remedy(planner)}")
     fewer = plan.rows if plan.rows < first.rows else None
     return replace(with_note(with_note(plan, line), f"{layout} {shortage}: using {_differences(first, plan)}"), fewer_rows=fewer)
 
@@ -106,7 +106,7 @@ def _rows(count: int) -> str:
     return f"{count} row{'s' * (count > 1)}"
 
 
-def _remedy(planner: Planner) -> str:
+def remedy(planner: Planner) -> str:
     """What would fit: other layouts here, fewer rows, or more GPUs."""
     hardware, wish = planner.hardware, replace(planner.wish, fixed=frozenset())
     for rows in (planner.row_choices[0], *(2**power for power in reversed(range(10)))):

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from launcher.demand import Change, changes_for, training_of
-from launcher.fit import layouts_for, replicate
+from launcher.fit import check_layout, layouts_for, replicate
 from launcher.hardware import Hardware
 from launcher.plan import Plan, gigabytes, weigh_training
 from launcher.planner import Planner
@@ -53,6 +53,41 @@ class TrainPlanner:
         filled = [replace(cut, dp=devices // cut.size) for cut in cuts if devices % cut.size == 0]
         return sorted(filled, key=lambda layout: (layout.pp * layout.tp, layout.pp))
 
+    def nearest(self) -> tuple[Change | None, Plan]:
+        """A plan that fits, with the least change of settings and then of the layout; else what was asked for, and None."""
+        asked = self.planner.wish.layout
+        devices = asked.size if self.planner.hardware.kind == "CPU" else len(self.planner.hardware)
+        check_layout(asked, self.planner.spec(asked))
+        filled = [replace(asked, dp=devices // asked.size)] if devices % asked.size == 0 else []
+        layouts = list(dict.fromkeys([*filled, *self.layouts(devices)]))
+        fitting = sorted((choice for choice in self.fitting(layouts) if not choice[0].lora), key=lambda choice: len(choice[0].words))
+        return fitting[0] if fitting else (None, self.weigh((filled or layouts)[0]))
+
+    def remedy(self, layout: Layout) -> str:
+        """What would fit: settings, other layouts, adapters, or more GPUs."""
+        hardware = self.planner.hardware
+        devices = layout.size if hardware.kind == "CPU" else len(hardware)
+        found = list(self.fitting(list(dict.fromkeys([layout, *self.layouts(devices)]))))
+        found.sort(key=lambda choice: choice[0].lora)  # adapters train less: what trains all comes first
+        if found:
+            return "here would fit: " + "; ".join(_choice(change, plan, layout) for change, plan in found[:REMEDIES])
+        if hardware.kind == "CPU":
+            return "no setting changes that; it takes a machine with more memory, or GPUs"
+        return f"no setting makes it fit on what is here ({hardware.found}); {self.more()}"
+
+    def more(self) -> str:
+        """The smallest number of such GPUs, a power of two, on which all of the model can be trained."""
+        hardware = self.planner.hardware
+        if hardware.kind == "CPU":
+            return "it takes a machine with more memory, or GPUs"
+        smallest = min(hardware.devices, key=lambda device: device.free or 0)
+        for count in (2**power for power in range(1, MOST_DEVICES.bit_length())):
+            if count > len(hardware):
+                full = (choice for choice in self.fitting(self.layouts(count), replace(hardware, devices=(smallest,) * count)) if not choice[0].lora)
+                if choice := next(full, None):
+                    return f"{count} such GPUs would do: {_choice(*choice, self.planner.wish.layout)}"
+        return f"nor would {MOST_DEVICES} such GPUs do"
+
 
 def plan_training(config: RunConfig, hardware: Hardware, entries: int, *, anyway: bool = False) -> Plan:
     """The plan for training. Raises LayoutError where the devices do not hold the layout, and FitError, unless it is wanted `anyway`, where memory is short."""
@@ -62,36 +97,15 @@ def plan_training(config: RunConfig, hardware: Hardware, entries: int, *, anyway
     plan = trainer.weigh(layout)
     if anyway or not (shortage := plan.shortage()):
         return plan
-    raise FitError(f"{wish.where} with {layout} ({plan.work}) {shortage}; {_remedy(trainer, layout)}")
+    raise FitError(f"{wish.where} with {layout} ({plan.work}) {shortage}; {trainer.remedy(layout)}")
 
 
-def _remedy(trainer: TrainPlanner, layout: Layout) -> str:
-    """What would fit: settings, other layouts, adapters, or more GPUs."""
-    hardware = trainer.planner.hardware
-    devices = layout.size if hardware.kind == "CPU" else len(hardware)
-    found = list(trainer.fitting(list(dict.fromkeys([layout, *trainer.layouts(devices)]))))
-    found.sort(key=lambda choice: choice[0].lora)  # adapters train less: what trains all comes first
-    if found:
-        return "here would fit: " + "; ".join(_choice(change, plan, layout) for change, plan in found[:REMEDIES])
-    if hardware.kind == "CPU":
-        return "no setting changes that; it takes a machine with more memory, or GPUs"
-    return f"no setting makes it fit on what is here ({hardware.found}); {_more(trainer)}"
+def words_for(change: Change, layout: Layout, asked: Layout) -> str:
+    """The settings that turn what was asked for into this."""
+    cut = () if (layout.pp, layout.tp) == (asked.pp, asked.tp) else (f"pipe-parallel-size={layout.pp}", f"model-parallel-size={layout.tp}")
+    return " ".join((*cut, *change.words))
 
 
 def _choice(change: Change, plan: Plan, asked: Layout) -> str:
-    cut = () if plan.layout == asked else (f"pipe-parallel-size={plan.layout.pp}", f"model-parallel-size={plan.layout.tp}")
-    return f"{' '.join((*cut, *change.words))} ({gigabytes(plan.largest)} a process)"
-
-
-def _more(trainer: TrainPlanner) -> str:
-    """The smallest number of such GPUs, a power of two, on which it fits."""
-    hardware = trainer.planner.hardware
-    smallest = min(hardware.devices, key=lambda device: device.free or 0)
-    count = 1
-    while (count := 2 * count) <= MOST_DEVICES:
-        if count > len(hardware):
-            more = replace(hardware, devices=(smallest,) * count)
-            full = (choice for choice in trainer.fitting(trainer.layouts(count), more) if not choice[0].lora)
-            if choice := next(full, None):
-                return f"{count} such GPUs would do: {_choice(*choice, asked=Layout())}"
-    return f"nor would {MOST_DEVICES} such GPUs do"
+    words = words_for(change, plan.layout, asked)
+    return f"{words}{' ' * bool(words)}({gigabytes(plan.largest)} a process)"

@@ -36,7 +36,6 @@ class Training:
     bucket: int = REDUCED
     live: int = LIVE
     offload_optimizer: bool = False
-    offload_weights: bool = False
     lora: Lora | None = None
 
 
