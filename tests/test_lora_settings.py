@@ -52,16 +52,16 @@ def test_layers_may_be_called_as_others_call_them(config: Path, targets: str) ->
         (NEOX, "yes please", "lora needs a mapping with no other keys than rank, alpha, targets, dropout, found 'yes please'"),
         (NEOX, "{dropout: 0.1}", "lora.dropout is 0.1, but dropout is not built; set it to 0, or leave it out"),
         (NEOX, "{targets: []}", "lora.targets is empty; name at least one of query_key_value, dense, dense_h_to_4h, dense_4h_to_h"),
-        (NEOX, "{targets: [query_key_valu]}", "no layer of a neox model; did you mean query_key_value? Known are query_key_value, dense,"),
+        (NEOX, "{targets: [query_key_valu]}", "lora.targets has query_key_valu, which is no layer of a neox model; did you mean query_key_value? Known are"),
         (NEOX, "{targets: [q_proj]}", "lora.targets has q_proj, which is no layer of a neox model; known are"),
         (
             LLAMA,
             "{targets: [q_proj, v_proj]}",
-            "lora.targets has v_proj, which is one matrix with q_proj and k_proj here; name all of them, or query_key_value",
+            "lora.targets has v_proj, which is one matrix with q_proj and k_proj here; name all of them, or query_key",
         ),
     ],
 )
 def test_anything_else_is_refused(config: Path, setting: str, said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config([config], {"lora": setting})
-    assert f"command line: {said}" in str(caught.value) or f"command line: lora.targets has query_key_valu, which is {said}" in str(caught.value)
+    assert f"command line: {said}" in str(caught.value)

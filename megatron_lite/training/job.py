@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
 
+from torch import nn
+
 from megatron_lite.config.sections import RunConfig
 from megatron_lite.config.show import settings
 from megatron_lite.log import logger
@@ -76,7 +78,7 @@ def metrics_folder(config: RunConfig) -> Path:
 def announce(training: Training, engine: Engine) -> None:
     """What is trained, how, and from where on."""
     recipe, progress, mesh = training.recipe, training.progress, training.mesh
-    count = sum(parameter.numel() for parameter in engine.stage.parameters() if parameter.requires_grad)
+    count = sum(_size(parameter) for parameter in engine.stage.parameters() if parameter.requires_grad)
     batching, lora = recipe.batching, training.config.training.lora
     logger.info(
         f"{training.beginning}{f' ({training.run.checkpoint})' if training.run else ''}: steps {progress.iteration + 1} to {recipe.steps} on {mesh.layout}, "
@@ -87,8 +89,13 @@ def announce(training: Training, engine: Engine) -> None:
         f"{batching.replicas} data-parallel; {recipe.optimizer.kind}, lr {recipe.schedule.peak:g} {recipe.schedule.style}"
     )
     if lora:
-        frozen = sum(parameter.numel() for parameter in engine.stage.parameters()) - count
+        frozen = sum(map(_size, engine.stage.parameters())) - count
         begun = f"those in {training.run.adapters.folder}" if training.run and training.run.adapters else "new ones"
         logger.info(f"low-rank adapters of rank {lora.rank}, alpha {lora.alpha:g} on {', '.join(lora.targets)} ({begun}); {frozen:,} parameters are frozen")
     if not training.data.parts["valid"] and training.config.training.eval_interval is not None:
         logger.info("there are no data to validate on: split leaves no document for it, or valid_data_paths is not set")
+
+
+def _size(parameter: nn.Parameter) -> int:
+    """Its numbers, also where ZeRO 3 has spread them."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
