@@ -51,7 +51,7 @@ def outlook_of(command: Command) -> Outlook:
     settings = dict(command.overrides)
     named, script = settings.pop("gpus", None), settings.pop("script", None)
     config = load_config(command.configs, settings)
-    hardware = hardware_named(str(named)) if named is not None else _here(config)
+    hardware = replace(hardware_named(str(named)) if named is not None else _here(config), limit=config.launcher.gpu_memory_limit)
     entries, notes = _entries(config)
     forecasts: list[Forecast] = []
     refused: list[tuple[str, str]] = []

@@ -34,7 +34,7 @@ class Device:
 class Hardware:
     """Devices for one process each. `memory` is what CPU processes share, in bytes; `remark` says why there is less than one might expect.
 
-    `is_choice` where these are not all the devices that a process would see by itself.
+    `limit` is what a process may take (gpu-memory-limit), whatever is free. `is_choice` where these are not all the devices that a process would see by itself.
     """
 
     kind: Kind
@@ -42,6 +42,7 @@ class Hardware:
     memory: int | None = None
     remark: str = ""
     is_choice: bool = False
+    limit: int | None = None
 
     def __len__(self) -> int:
         return len(self.devices)

@@ -26,6 +26,11 @@ def _headline(outlook: Outlook) -> str:
 
 
 def _machine(outlook: Outlook) -> str:
+    limit = outlook.hardware.limit
+    return _devices(outlook) + (f"; gpu-memory-limit allows {gigabytes(limit)} a process" if limit is not None else "")
+
+
+def _devices(outlook: Outlook) -> str:
     hardware = outlook.hardware
     if hardware.kind == "CPU":
         free = f", {gigabytes(hardware.memory)} of memory free" if hardware.memory is not None else ""
@@ -66,7 +71,9 @@ def _fullest(forecast: Forecast) -> int:
 def _bar(forecast: Forecast) -> str:
     """How much of what is free is taken."""
     plan = forecast.plan
-    if plan.hardware.kind == "CPU":
+    if plan.hardware.limit is not None:
+        taken, free = plan.largest, plan.hardware.limit
+    elif plan.hardware.kind == "CPU":
         taken, free = plan.total, plan.hardware.memory
     else:
         taken, free = plan.largest, min((device.free for device in plan.hardware.devices if device.free is not None), default=None)

@@ -57,6 +57,10 @@ class Plan:
 
     def shortage(self) -> str | None:
         """What it needs and what there is, where that is less."""
+        if self.hardware.limit is not None and self.largest > self.hardware.limit:
+            rank = max(range(self.layout.size), key=self.taken)
+            parts = self._parts([rank], "CUDA itself" if self.hardware.kind == "GPU" else "the process itself")
+            return f"needs {gigabytes(self.largest)} in a process ({parts}); gpu-memory-limit allows {gigabytes(self.hardware.limit)}"
         if self.hardware.kind == "CPU":
             return self._shared_shortage()
         for rank in range(self.layout.size):

@@ -19,7 +19,7 @@ class Site:
 
 def find_site(config: RunConfig, hostfile: Path | None, machine: Hardware | None = None) -> Site:
     """The site that hostfile and configuration describe. `machine` is this machine's hardware, where that is known already."""
-    machine = machine or find_hardware()
+    machine = replace(machine or find_hardware(), limit=config.launcher.gpu_memory_limit)
     path = find_hostfile(hostfile, config.launcher)
     hosts = find_hosts(path, config.launcher, devices=len(machine))
     if len(hosts) == 1 and hosts[0].is_here and not config.launcher.force_multi:
@@ -28,4 +28,4 @@ def find_site(config: RunConfig, hostfile: Path | None, machine: Hardware | None
     if machine.kind == "GPU":
         smallest = min(machine.devices, key=lambda device: device.free or 0)
         return Site(hosts, replace(machine, devices=(smallest,) * slots), is_local=False)
-    return Site(hosts, Hardware("slot", (Device("slot"),) * slots), is_local=False)
+    return Site(hosts, Hardware("slot", (Device("slot"),) * slots, limit=machine.limit), is_local=False)

@@ -19,6 +19,7 @@ from megatron_lite.log import logger
 from megatron_lite.models.architecture import Architecture, architecture_named
 from megatron_lite.models.memory import generation_footprint
 from megatron_lite.models.spec import DTYPES, DType, ModelSpec, spec_of
+from megatron_lite.parallel.budget import hold_to
 from megatron_lite.parallel.layout import Layout, check_cut, stage_numbers
 from megatron_lite.parallel.mesh import Mesh, build_mesh, joined_world
 from megatron_lite.parallel.stage import Stage
@@ -44,6 +45,7 @@ def open_run(config: RunConfig) -> Iterator[Run]:
     """Joins the other processes and reads everything but the weights. Raises UserError where the parts do not fit together."""
     patience = timedelta(days=7) if config.generation_mode == "interactive" else timedelta(minutes=30)  # people think
     with joined_world(timeout=patience) as (rank, world, device):
+        hold_to(config.launcher.gpu_memory_limit, device)
         pp, tp = max(1, config.parallel.pipe_parallel_size), config.parallel.model_parallel_size
         layout = Layout(pp=pp, dp=max(1, world // (pp * tp)), tp=tp)
         spec = spec_of(config.model, vocab=0, dtype="float32")

@@ -1,5 +1,6 @@
 """The kinds of values that settings take, each with the words that an error message and the documentation use for it."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,15 @@ def _as_sequence(value: object) -> object:
     return (value,) if isinstance(value, str | int | float) else value
 
 
+def _as_bytes(value: object) -> object:
+    """10 and 10GB are ten times 10^9 bytes, 10GiB ten times 2^30."""
+    match = MEMORY.fullmatch(str(value).strip())
+    if isinstance(value, bool) or not match or not float(match[1]):
+        raise ValueError("no amount of memory")
+    return int(float(match[1]) * (2**30 if match[2].lower() == "gib" else 10**9))
+
+
+MEMORY = re.compile(r"(\d+(?:\.\d+)?)\s*(GB|GiB|)", re.IGNORECASE)
 NotBoolean = BeforeValidator(_no_boolean)
 Count = Annotated[int, Field(ge=1), NotBoolean, Words("a whole number of at least 1")]
 Size = Annotated[int, Field(ge=0), NotBoolean, Words("a whole number of at least 0")]
@@ -35,6 +45,7 @@ Whole = Annotated[int, NotBoolean, Words("a whole number")]
 Positive = Annotated[float, Field(gt=0), NotBoolean, Words("a number above 0")]
 Amount = Annotated[float, Field(ge=0), NotBoolean, Words("a number of at least 0")]
 Share = Annotated[float, Field(ge=0, le=1), NotBoolean, Words("a number from 0 to 1")]
+Memory = Annotated[int, BeforeValidator(_as_bytes), Words("gigabytes, such as 10GB")]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_as_sequence), Words("a text or a list of texts", is_text=True)]
 Prefixes = Annotated[tuple[Path, ...], BeforeValidator(_as_sequence), Words("a path or a list of paths", is_text=True)]
 Sizes = Annotated[tuple[Size, ...], Words("a list of whole numbers")]

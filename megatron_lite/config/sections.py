@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from megatron_lite.config.kinds import Amount, Amounts, Count, Positive, Prefixes, Section, Share, Size, Sizes, Texts, Whole
+from megatron_lite.config.kinds import Amount, Amounts, Count, Memory, Positive, Prefixes, Section, Share, Size, Sizes, Texts, Whole
 from megatron_lite.config.lora import LoraSection
 
 Precision = Literal["fp16", "bfloat16", "fp32"]
@@ -104,6 +104,7 @@ class LauncherSection(Section):
     exclude: str | None = Field(None, description="hosts and devices to leave out, written like include")
     num_nodes: Whole = Field(-1, description="use this many of the hosts; -1 is all")
     num_gpus: Count | None = Field(None, description="use this many devices of every host; null is all")
+    gpu_memory_limit: Memory | None = Field(None, description="(ours) memory that a process may take of its GPU, such as 10GB; null is all that is free")
     master_addr: str | None = Field(None, description="address of the first host; null is found out")
     master_port: Count = Field(29500, description="port where the processes meet")
     launcher: Literal["pdsh", "openmpi", "mvapich", "slurm", "mpich", "impi"] = Field("pdsh", description="what starts processes on other hosts")

@@ -13,6 +13,7 @@ from megatron_lite.inference.request import Codec, Completion, Request
 from megatron_lite.inference.score import tokens_at_once
 from megatron_lite.inference.step import Slots
 from megatron_lite.models.spec import ModelSpec
+from megatron_lite.parallel.budget import free_memory
 from megatron_lite.parallel.stage import Stage
 
 MOST_ROWS = 128
@@ -47,7 +48,7 @@ def continuous_decoder(stage: Stage, spec: ModelSpec, tokenizer: Codec, *, conte
 def _pages_that_fit(stage: Stage, spec: ModelSpec) -> int:
     """The same on every rank of a replica: what the fullest GPU has room for."""
     mesh = stage.mesh
-    free, _ = torch.cuda.mem_get_info(mesh.device)
+    free = free_memory(mesh.device)
     blocks = sum(2 <= number < spec.norm_number for number in stage.layers)
     pages = int(free * (1 - LEFT_FREE)) // page_bytes(spec, blocks=blocks, tp=mesh.tp.size)
     pages = int(-float(mesh.tp.maximum(torch.tensor(-float(pages), device=mesh.device))))

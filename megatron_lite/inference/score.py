@@ -10,6 +10,7 @@ from megatron_lite.errors import DataError
 from megatron_lite.inference.packing import KEYS_PER_TOKEN, Packed, TokenRequest, deal, inputs_of, pack
 from megatron_lite.inference.segments import segmented, to_device
 from megatron_lite.models.spec import BYTES, ModelSpec
+from megatron_lite.parallel.budget import free_memory
 from megatron_lite.parallel.probability import word_scores
 from megatron_lite.parallel.stage import Stage
 
@@ -114,5 +115,4 @@ def tokens_at_once(spec: ModelSpec, tp: int, device: torch.device) -> int:
     if device.type != "cuda":
         return most
     widest = 3 * spec.hidden + (3 * spec.hidden + 2 * spec.ffn) // tp + 2 * KEYS_PER_TOKEN * spec.heads * spec.head_dim // tp
-    free, _ = torch.cuda.mem_get_info(device)
-    return max(spec.max_positions, min(most, free // 2 // (widest * BYTES[spec.dtype])))
+    return max(spec.max_positions, min(most, free_memory(device) // 2 // (widest * BYTES[spec.dtype])))

@@ -17,6 +17,7 @@ from megatron_lite.errors import ConfigError
 from megatron_lite.log import logger
 from megatron_lite.models.architecture import Architecture, architecture_named
 from megatron_lite.models.spec import DType, ModelSpec, spec_of
+from megatron_lite.parallel.budget import hold_to
 from megatron_lite.parallel.layout import Layout, check_cut, stage_numbers
 from megatron_lite.parallel.mesh import Mesh, build_mesh, joined_world
 from megatron_lite.run import Run, prepare
@@ -67,6 +68,7 @@ class Training:
 def open_training(config: RunConfig) -> Iterator[Training]:
     """Joins the other processes and reads everything but weights. Raises UserError where the parts do not fit together."""
     with joined_world() as (rank, world, device):
+        hold_to(config.launcher.gpu_memory_limit, device)
         pp, tp = max(1, config.parallel.pipe_parallel_size), config.parallel.model_parallel_size
         layout = Layout(pp=pp, dp=max(1, world // (pp * tp)), tp=tp)
         spec = spec_of(config.model, vocab=0, dtype="float32")

@@ -1,0 +1,20 @@
+"""Holds a process to a budget of its GPU's memory, so that what is tried on a large GPU is known to run on a small one."""
+
+import torch
+
+CUDA_ITSELF = 2**30
+"""Bytes that a process takes before it holds a tensor, and that the allocator does not count: the plan reckons with the same."""
+
+
+def hold_to(limit: int | None, device: torch.device) -> None:
+    """Lets this process have so many bytes of the device, all in all; more ends with torch.OutOfMemoryError. None is no limit, and CPUs know none."""
+    if limit is not None and device.type == "cuda":
+        whole = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, limit - CUDA_ITSELF) / whole), device)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of a GPU that this process can still get: what nobody has, within its budget."""
+    free, whole = torch.cuda.mem_get_info(device)
+    budget = int(torch.cuda.get_per_process_memory_fraction(device) * whole)
+    return max(0, min(free, budget - torch.cuda.memory_reserved(device)))
