@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_lite.data import packing
 from megatron_lite.data.indexed import MASKED
 from megatron_lite.data.packing import Packing, pack
 from megatron_lite.data.samples import Samples, split
@@ -19,8 +20,9 @@ def test_packed_samples_are_those_of_the_table() -> None:
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_packed_samples_are_those_of_the_definition(seed: int) -> None:
+def test_packed_samples_are_those_of_the_definition(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     random = np.random.default_rng(seed)
+    monkeypatch.setattr(packing, "AT_ONCE", int(random.integers(1, 50)))
     sizes = random.integers(0, 12 if seed % 2 else 60, random.integers(1, 40)).tolist()
     sizes[-1] += 1
     first, samples, seq_length = (int(random.integers(low, high)) for low, high in ((0, 100), (1, 300), (2, 20)))

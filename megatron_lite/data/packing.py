@@ -11,6 +11,9 @@ from megatron_lite.errors import DataError
 
 # n samples, d entries of the list of documents, S tokens in a sample (and one more, the last label)
 
+AT_ONCE = 1 << 18
+"""Entries of that list whose samples are found together."""
+
 
 @dataclass(frozen=True)
 class Packing:
@@ -72,20 +75,24 @@ def _packed(documents: Documents, samples: int, packing: Packing) -> SampleMaps:
     held = samples_in(documents.tokens, epochs, packing.seq_length)
     order = np.tile(np.arange(len(documents.sizes), dtype=np.int32), epochs)
     random.shuffle(order)
-    starts = _packed_starts(documents.sizes[order], held, packing.seq_length)
+    starts = _packed_starts(documents.sizes, order, held, packing.seq_length)
     order += np.int32(documents.first)
     return SampleMaps(order, starts, _shuffled(held, random))
 
 
-def _packed_starts(sizes: NDArray[np.integer], samples: int, seq_length: int) -> NDArray[np.integer]:
-    """Sample i begins at token i * S of the concatenation: which document is that, and which of its tokens?"""
-    ends = np.cumsum(sizes, dtype=np.int64)
-    begun = np.minimum(-(-ends // seq_length), samples + 1)  # samples that begin before each document's end
-    place = np.repeat(np.arange(len(ends)), np.diff(begun, prepend=0))
+def _packed_starts(sizes: NDArray[np.integer], order: NDArray[np.integer], samples: int, seq_length: int) -> NDArray[np.integer]:
+    """Sample i begins at token i * S of the concatenation: which document is that, and which of its tokens? Some documents at a time, so that what is
+    computed of them stays in the processor's cache."""
     starts = np.empty((samples + 1, 2), np.int32 if 2 * (samples + 1) < np.iinfo(np.int32).max else np.int64)
-    starts[:, 0] = place
-    ends -= sizes  # where the documents begin
-    starts[:, 1] = np.arange(samples + 1) * seq_length - ends[place]
+    token = first = 0  # where the documents at hand begin, and the first sample that begins in them
+    for entry in range(0, len(order), AT_ONCE):
+        lengths = sizes[order[entry : entry + AT_ONCE]]
+        ends = np.cumsum(lengths, dtype=np.int64) + token
+        begun = np.minimum(-(-ends // seq_length), samples + 1)  # samples that begin before each document's end
+        place, last = np.repeat(np.arange(len(ends)), np.diff(begun, prepend=first)), int(begun[-1])
+        starts[first:last, 0] = place + entry
+        starts[first:last, 1] = np.arange(first, last) * seq_length - (ends - lengths)[place]
+        token, first = int(ends[-1]), last
     starts[0] = 0  # also where the first documents are empty
     return starts
 
