@@ -13,6 +13,7 @@ from megatron_lite.metrics import wandb as backend
 from megatron_lite.metrics.metrics import JsonLines, Several, open_metrics
 from megatron_lite.metrics.tensorboard import open_tensorboard
 from megatron_lite.metrics.wandb import Wandb, is_wanted, open_wandb
+from tests.disks import no_file_beyond
 
 KEYS = ("WANDB_API_KEY", "WANDB_MODE", "NETRC")
 
@@ -83,8 +84,16 @@ def test_only_the_writer_writes(tmp_path: Path) -> None:
 
 def test_a_file_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "logs").write_text("")
-    with pytest.raises(OutputError, match=r"logs/metrics.jsonl cannot be written: File exists; set log_dir to a folder that can be written"):
+    with pytest.raises(OutputError, match=r"logs/metrics.jsonl cannot be written: File exists; let save \(or else log_dir\) name a folder that can be written"):
         JsonLines(tmp_path / "logs" / "metrics.jsonl")
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
+    lines = JsonLines(tmp_path / "metrics.jsonl")
+    lines.log({"train/lm_loss": 1.0}, step=1)
+    with no_file_beyond(80), pytest.raises(OutputError, match="cannot be written: File too large; free some space, and go on from the last checkpoint"):
+        lines.log({"train/lm_loss": 1.0}, step=2)
+    lines.close()
 
 
 def test_wandb_is_used_where_it_is_asked_for_or_somebody_has_set_it_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from megatron_lite.models.spec import spec_of
 from megatron_lite.training.live import Uses
 from megatron_lite.training.report import flops_per_token
 from tests.disks import no_file_beyond
-from tests.training_runs import trained, write_training
+from tests.training_runs import losses, trained, write_training
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/training.md"
@@ -64,6 +64,41 @@ def test_a_full_disk_ends_the_training_with_the_name_of_the_file(tmp_path: Path)
     assert str(sentence).startswith("OutputError: ")
     assert "layer_00-model_00-model_states.pt cannot be written" in str(sentence)
     assert not list((tmp_path / "out").glob("latest"))
+
+
+def test_after_a_full_disk_the_last_checkpoint_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for folder in (whole, parts):
+        folder.mkdir()
+    trained(write_training(whole))
+    config = write_training(parts, load=str(parts / "out"), checkpoint_factor=2)
+    assert trained(config, exit_interval=2) == [None]
+    with no_file_beyond(60_000):
+        (sentence,) = trained(config)
+    assert "OutputError" in str(sentence)
+    assert (parts / "out" / "latest").read_text() == "global_step2"
+    assert trained(config) == [None]
+    assert losses(parts) == losses(whole)
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_trained(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out").write_text("in the way")
+    (sentence,) = trained(write_training(tmp_path))
+    assert str(sentence).startswith(f"OutputError: {tmp_path}/out")
+    assert "can be written" in str(sentence)
+    assert "step 1/6" not in capfd.readouterr().err
+
+
+def test_a_damaged_state_of_the_optimizer_ends_a_resume_with_the_name_of_the_file(tmp_path: Path) -> None:
+    config = write_training(tmp_path, load=str(tmp_path / "out"))
+    assert trained(config, exit_interval=2) == [None]
+    path = tmp_path / "out" / "global_step2" / "optimizer-layer_02-model_00.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    (sentence,) = trained(config)
+    assert str(sentence).startswith(f"CheckpointError: {path} is damaged: its checksum is ")
+    assert (tmp_path / "out" / "latest").read_text() == "global_step2"
 
 
 def test_flops_of_20b_are_those_of_the_formula() -> None:

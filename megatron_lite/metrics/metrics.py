@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -34,18 +34,22 @@ class JsonLines:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("a", encoding="utf-8")
         except OSError as error:
-            raise OutputError(f"{path} cannot be written: {error.strerror}; set log_dir to a folder that can be written") from None
+            raise OutputError(f"{path} cannot be written: {error.strerror}; let save (or else log_dir) name a folder that can be written") from None
 
     def log(self, values: Mapping[str, float], *, step: int | None = None) -> None:
         at = {} if step is None else {"step": step}
-        self._file.write(json.dumps({"time": round(time.time(), 3), **at, **values}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"time": round(time.time(), 3), **at, **values}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OutputError(f"{self.path} cannot be written: {error.strerror}; free some space, and go on from the last checkpoint") from None
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, step: int | None = None) -> None:
         """Nothing: a file of numbers is no place for it."""
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # what could not be written has been told
+            self._file.close()
 
 
 class Several:
