@@ -9,8 +9,8 @@ from megatron_lite.config.sections import Family, RunConfig
 from megatron_lite.models.training_memory import LIVE, REDUCED, Lora, Training
 from megatron_lite.parallel.layout import Layout
 
-STATES = {"sgd": 0, "lion": 1}
-"""Numbers that an optimizer keeps for each parameter; Adam, in all its names, keeps two."""
+ADAM, ADAM_IN_8_BITS, LION = 8, 2, 4
+"""Bytes that an optimizer keeps for each parameter beside its fp32 master."""
 
 
 @dataclass(frozen=True)
@@ -38,19 +38,26 @@ def training_of(config: RunConfig, layout: Layout) -> Training:
     rows = section.train_micro_batch_size_per_gpu or max(1, (section.train_batch_size or 1) // (section.gradient_accumulation_steps * layout.dp))
     together = rows * layout.dp
     accumulation = max(section.gradient_accumulation_steps, (section.train_batch_size or together) // together)
-    kind = str(_mapping(config, "optimizer").get("type", "Adam")).lower()
     return Training(
         rows=rows,
         tokens=config.model.seq_length,
         accumulation=accumulation,
         recompute=section.checkpoint_num_layers if section.checkpoint_activations else 0,
         zero=_whole(zero.get("stage"), 0),
-        states=STATES.get(kind, 2),
+        state_bytes=_state_bytes(config),
         bucket=_whole(zero.get("reduce_bucket_size"), REDUCED),
         live=_whole(zero.get("stage3_max_live_parameters"), LIVE),
         offload_optimizer=_is_on_host(zero.get("offload_optimizer")),
         lora=adapters_of(section.lora, config.model.family),
     )
+
+
+def _state_bytes(config: RunConfig) -> int:
+    stated = _mapping(config, "optimizer")
+    kind, params = str(stated.get("type", "Adam")).lower(), stated.get("params")
+    if kind == "sgd":
+        return 4 if isinstance(params, Mapping) and params.get("momentum") else 0
+    return LION if kind == "lion" else ADAM_IN_8_BITS if config.training.use_bnb_optimizer else ADAM
 
 
 def adapters_of(section: LoraSection | None, family: Family) -> Lora | None:

@@ -6,14 +6,17 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron_lite.config.lora import LoraSection
 from megatron_lite.models.memory import Footprint, generation_footprint
 from megatron_lite.models.spec import DType, ModelSpec
 from megatron_lite.models.training_memory import Lora, Training, adapter_parameters, training_footprint
 from megatron_lite.parallel.layout import Layout
 from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.training.engine import start_engine
+from megatron_lite.training.lora import put_adapters
 from megatron_lite.training.recipe import Batching
 from tests.live_bytes import LiveBytes, alive
+from tests.lora_models import EVERYWHERE
 from tests.models import SMALL
 from tests.training_models import RECIPE, Samples, batches_for, fresh_stage
 from tests.worlds import forked
@@ -23,7 +26,7 @@ ROWS, TOKENS, BUCKET = 4, 64, 100_000
 DATA = Samples(torch.randint(0, SPEC.vocab, (64, TOKENS + 1), generator=torch.Generator().manual_seed(0)))
 
 
-def measured(layout: Layout, dtype: DType, *, zero: int, recompute: int) -> list[tuple[int, Footprint]]:
+def measured(layout: Layout, dtype: DType, *, zero: int, recompute: int, lora: LoraSection | None = None) -> list[tuple[int, Footprint]]:
     """The most bytes of tensors that were alive in a second step, and the plan, of every rank."""
 
     def take_steps(mesh: Mesh) -> tuple[int, Footprint]:
@@ -32,6 +35,8 @@ def measured(layout: Layout, dtype: DType, *, zero: int, recompute: int) -> list
         spec = replace(SPEC, dtype=dtype)
         recipe = replace(RECIPE, batching=batching, dtype=getattr(torch, dtype), recompute=recompute, zero=settings)
         stage = fresh_stage(spec, mesh, recipe).to(recipe.dtype)
+        if lora:
+            put_adapters({int(number): layer for number, layer in stage.layers.items()}, lora, None, family=spec.family, seed=1, tp=mesh.tp)
         foreign = {id(tensor.untyped_storage()) for tensor in alive()} - {id(parameter.untyped_storage()) for parameter in stage.parameters()}
         engine = start_engine(stage, mesh, recipe, words=spec.vocab, tied_head=None)
         batches = batches_for(engine, 0, DATA)
@@ -39,7 +44,8 @@ def measured(layout: Layout, dtype: DType, *, zero: int, recompute: int) -> list
         gc.collect()
         with LiveBytes(tensor for tensor in alive() if id(tensor.untyped_storage()) not in foreign) as live:
             engine.step(batches, rate=1e-3)
-        training = Training(rows=ROWS, tokens=TOKENS, accumulation=2, recompute=recompute, zero=zero, bucket=BUCKET)
+        adapters = Lora(lora.rank, lora.targets) if lora else None
+        training = Training(rows=ROWS, tokens=TOKENS, accumulation=2, recompute=recompute, zero=zero, bucket=BUCKET, lora=adapters)
         return live.peak, training_footprint(spec, layout, mesh.pp.index, training)
 
     return forked(layout, take_steps)
@@ -65,6 +71,12 @@ def measured(layout: Layout, dtype: DType, *, zero: int, recompute: int) -> list
 def test_a_training_s_plan_is_within_a_tenth_of_the_tensors_that_are_alive(layout: Layout, dtype: DType, zero: int, recompute: int) -> None:
     for peak, plan in measured(layout, dtype, zero=zero, recompute=recompute):
         assert plan.total == pytest.approx(peak, rel=0.1)
+
+
+@pytest.mark.parametrize("recompute", [0, 1])
+def test_a_plan_for_adapters_is_within_a_tenth_too(recompute: int) -> None:
+    ((peak, plan),) = measured(Layout(), "bfloat16", zero=1, recompute=recompute, lora=EVERYWHERE)
+    assert plan.total == pytest.approx(peak, rel=0.1)
 
 
 BIG = ModelSpec(

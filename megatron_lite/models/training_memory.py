@@ -24,15 +24,15 @@ class Lora:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """What a step has to hold: `rows` sequences of `tokens` at once, `accumulation` times. `states` are the optimizer's numbers for each parameter;
-    `recompute` counts the blocks whose activations are computed again together, 0 keeps all."""
+    """What a step has to hold: `rows` sequences of `tokens` at once, `accumulation` times. `state_bytes` are the optimizer's for each
+    parameter; `recompute` counts the blocks whose activations are computed again together, 0 keeps all."""
 
     rows: int
     tokens: int
     accumulation: int
     recompute: int
     zero: int
-    states: int = 2
+    state_bytes: int = 8
     bucket: int = REDUCED
     live: int = LIVE
     offload_optimizer: bool = False
@@ -60,7 +60,7 @@ def training_footprint(spec: ModelSpec, layout: Layout, stage: int, training: Tr
         weights=weights,
         gradients=gradients + min(beyond, coming),
         masters=0 if on_host or (training.zero == 3 and spec.dtype == "float32") else 4 * own,
-        optimizer=0 if on_host else 4 * training.states * own,
+        optimizer=0 if on_host else training.state_bytes * own,
         activations=kept + before - logits,
         logits=logits,
         buffers=gathered + max(0, beyond - coming),
