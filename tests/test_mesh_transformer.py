@@ -118,6 +118,10 @@ def test_it_is_converted_and_described_by_the_tools(saved: tuple[Path, nn.Module
         words = (folder, tmp_path / to, "--to", to, "--config", tmp_path / "model.yml", "--dtype", "float32", "--verify", *words)
         assert convert.main([str(word) for word in words]) == 0
         torch.testing.assert_close(answer(find_checkpoint(tmp_path / to)), expected(model), atol=1e-4, rtol=0)
+    plain = [folder, tmp_path / "plain", "--to", "neox", "--config", tmp_path / "model.yml"]
+    assert convert.main([str(word) for word in plain]) == 0
+    layer = torch.load(find_checkpoint(tmp_path / "plain").layer_file(0, 0))
+    assert layer["word_embeddings.weight"].dtype == torch.bfloat16
     assert inspect_checkpoint.main([str(folder)]) == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert f"{folder} step_383500 (mesh-transformer, model-parallel-size 8)" in lines

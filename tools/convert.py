@@ -41,7 +41,9 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("source", metavar="FROM", type=Path, help="folder of NeoX layer files, of a pipe-parallel-size-0 save, or of Hugging Face")
+    parser.add_argument(
+        "source", metavar="FROM", type=Path, help="folder of NeoX layer files, of a pipe-parallel-size-0 save, of Hugging Face, or of mesh-transformer-jax"
+    )
     parser.add_argument("target", metavar="TO", type=Path, help="folder to write")
     parser.add_argument("--to", choices=("neox", "huggingface"), required=True)
     parser.add_argument("--config", type=Path, help="the model's YAML; a Hugging Face folder describes itself")
@@ -64,7 +66,7 @@ def convert(options: argparse.Namespace) -> None:
     architecture = architecture_named(spec.family)
     source = open_source(layout, architecture, spec)
     rows = vocabulary_rows(source)
-    first = source.shards(0)["word_embeddings.weight"][0].dtype
+    first = next(iter(source.shards(2).values()))[0].dtype  # of a block: the embedding may have been summed in fp32
     dtype: torch.dtype = getattr(torch, options.dtype) if options.dtype else first
     tp = options.model_parallel_size if options.to == "neox" else 1
     adapters = read_adapters(options.lora, architecture, spec, source) if options.lora else None
