@@ -45,7 +45,7 @@ def parse_command(words: Sequence[str], *, script: str | None = None) -> Command
     if script is None:
         script = _script(plain.pop(0) if plain else None)
     if not plain:
-        raise ConfigError(f"no configuration file is named; write for instance ./deepy.py {script}.py configs/20B.yml")
+        raise ConfigError(f"no configuration file is named; write for instance ./deepy.py {script if script == PLAN else f'{script}.py'} configs/20B.yml")
     return Command(
         script=script,
         configs=tuple(find_config(word, given.conf_dir) for word in plain),

@@ -126,6 +126,11 @@ def test_machines_are_named_by_number_and_memory_or_card() -> None:
         assert sentence in str(error.value)
 
 
+def test_without_a_configuration_an_example_is_given(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan"]) == 2
+    assert capsys.readouterr().err == "no configuration file is named; write for instance ./deepy.py plan configs/20B.yml\n"
+
+
 def test_a_script_that_is_none_is_refused_and_a_cut_that_cannot_be_is_told_for_every_kind_of_work(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "configs/tiny.yml", "script=serve.py"]) == 2
     assert capsys.readouterr().err == "script is serve.py; plans are made for generate.py, evaluate.py, train.py\n"
