@@ -61,12 +61,11 @@ def main(words: Sequence[str] | None = None) -> int:
         architecture = architecture_named(config.model.family)
         if options.format == "huggingface":
             synthesize_huggingface(architecture, spec, options)
-            return 0
-        if options.format == "mesh-transformer":
+        elif options.format == "mesh-transformer":
             synthesize_slim(spec, options)
-            return 0
-        pipes = max(1, config.parallel.pipe_parallel_size) if options.mp_rank_files else 0
-        synthesize(spec, layer_files(architecture, spec, tp), options, tp=tp, pipes=pipes)
+        else:
+            pipes = max(1, config.parallel.pipe_parallel_size) if options.mp_rank_files else 0
+            synthesize(spec, layer_files(architecture, spec, tp), options, tp=tp, pipes=pipes)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
