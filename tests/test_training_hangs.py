@@ -73,6 +73,7 @@ def test_where_nobody_is_behind_all_are_told() -> None:
     assert sentence is not None
     assert "none is behind the others: rank 0 (process 100 on box) at step 7, computing" in sentence
     assert "rank 1 (process 101 on box) at step 8" in sentence
+    assert judged([[report(0, beat), report(1, beat, doing="saving")] for beat in range(9)]) is None  # the disk is slow
 
 
 @pytest.mark.parametrize("changes", [{"doing": ""}, {"moves": 0}], ids=["has ended", "is still starting"])
@@ -113,7 +114,7 @@ def in_data(trouble: Callable[[], None]) -> None:
     Samples.row = troubled  # in a process of its own
 
 
-def train(rank: int, layout: Layout, config: Path, spoil: Callable[[], None]) -> NoReturn:
+def train(rank: int, layout: Layout, config: Path, spoil: Callable[[], None], on_gpus: bool) -> NoReturn:
     """What a rank of the training does; the last one is spoilt."""
 
     def give_up(error: UserError) -> NoReturn:
@@ -122,23 +123,26 @@ def train(rank: int, layout: Layout, config: Path, spoil: Callable[[], None]) ->
 
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", init_method=f"file://{config.parent}/meet", rank=rank, world_size=layout.size)
+    device = torch.device("cuda", rank) if on_gpus else torch.device("cpu")
+    if on_gpus:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if on_gpus else "gloo", init_method=f"file://{config.parent}/meet", rank=rank, world_size=layout.size)
     if rank == layout.size - 1:
         spoil()
     settings = {"pipe_parallel_size": layout.pp, "model_parallel_size": layout.tp, "hang_timeout_minutes": SECONDS / 60}
-    run_training(settle(load_config([config], settings), build_mesh(layout, rank=rank, device=torch.device("cpu"))), give_up=give_up)
+    run_training(settle(load_config([config], settings), build_mesh(layout, rank=rank, device=device)), give_up=give_up)
     os._exit(0)
 
 
 @pytest.fixture
-def started(tmp_path: Path) -> Iterator[Callable[[Layout, Callable[[], None]], list[BaseProcess]]]:
+def started(tmp_path: Path) -> Iterator[Callable[..., list[BaseProcess]]]:
     """Starts a training whose last rank is spoilt; what is left of it is killed."""
     processes: list[BaseProcess] = []
 
-    def start(layout: Layout, spoil: Callable[[], None]) -> list[BaseProcess]:
+    def start(layout: Layout, spoil: Callable[[], None], *, on_gpus: bool = False) -> list[BaseProcess]:
         config = write_training(tmp_path, train_micro_batch_size_per_gpu=2, eval_interval=100)
         context = multiprocessing.get_context("fork")
-        processes.extend(context.Process(target=train, args=(rank, layout, config, spoil)) for rank in range(layout.size))
+        processes.extend(context.Process(target=train, args=(rank, layout, config, spoil, on_gpus)) for rank in range(layout.size))
         for process in processes:
             process.start()
         return processes
@@ -171,3 +175,17 @@ def test_the_rank_that_hangs_is_named_by_those_that_wait_for_it(
     sentence = (tmp_path / "rank0").read_text()
     assert sentence.startswith(start.format(culprit.pid))
     assert last in sentence
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("layout", [Layout(dp=2), Layout(pp=2), Layout(tp=2)], ids=str)
+@pytest.mark.parametrize(("trouble", "says"), [(stop, "has not given a sign of life for 2 s"), (loop, "the other ranks have waited for 2 s for rank 1")])
+def test_the_rank_that_hangs_is_named_on_gpus_too(
+    tmp_path: Path, layout: Layout, trouble: Callable[[], None], says: str, started: Callable[..., list[BaseProcess]]
+) -> None:
+    first, culprit = started(layout, lambda: at_step(3, trouble), on_gpus=True)
+    first.join(timeout=120)
+    assert first.exitcode == 2
+    sentence = (tmp_path / "rank0").read_text()
+    assert f"rank 1 (process {culprit.pid} on " in sentence
+    assert says in sentence

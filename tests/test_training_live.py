@@ -103,7 +103,7 @@ def test_the_first_loss_of_a_fine_tuning_is_what_scoring_finds_with_the_same_che
     [found] = forked(Layout(), scored)
     assert trained(config, layout, Uses(measure=unlikelihoods), save=str(tmp_path / "out")) == [None] * layout.size
     assert losses(tmp_path)[1] == pytest.approx(sum(found) / sum(len(row) - 1 for row in rows), abs=1e-5)
-    assert "of its first rows, evaluation finds the same loss: " in capfd.readouterr().err
+    assert "evaluation finds the loss that training finds in the first rows: " in capfd.readouterr().err
 
 
 def test_a_training_whose_loss_is_not_that_of_evaluation_does_not_begin(base: Path, tmp_path: Path) -> None:

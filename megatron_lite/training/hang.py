@@ -7,6 +7,8 @@ from megatron_lite.training.report import clock
 
 REMEDY = "look at that process and its machine; hang_timeout_minutes says how long ranks wait for each other"
 
+SAVING = "saving"
+
 
 @dataclass(frozen=True)
 class Report:
@@ -84,9 +86,11 @@ def _frozen(frozen: list[Report], step: int, limit: float) -> Verdict:
     return Verdict(tuple(report.rank for report in frozen), sentence)
 
 
-def _stalled(running: list[Report], limit: float) -> Verdict:
-    """Names who is waited for and waits for nobody. Where each is alone in its own work there may be no such rank: then all are told."""
+def _stalled(running: list[Report], limit: float) -> Verdict | None:
+    """Names who is waited for and waits for nobody. Where each is alone in its own work there is no such rank: then all are told, but for a slow disk."""
     late = [report for report in running if _is_waited_for(report, running) and not any(report.is_ahead_of(other) for other in running)]
+    if not late and any(report.doing == SAVING for report in running):
+        return None
     if not late:
         places = "; ".join(f"{report.name} {report.place}" for report in running)
         return Verdict((), f"no rank has got on for {clock(limit)}, and none is behind the others: {places}; {REMEDY}")

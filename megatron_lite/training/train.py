@@ -11,6 +11,7 @@ from megatron_lite.errors import DataError, TrainingError
 from megatron_lite.log import logger
 from megatron_lite.metrics.metrics import Metrics, open_metrics
 from megatron_lite.training.engine import Step
+from megatron_lite.training.hang import SAVING
 from megatron_lite.training.interrupt import Interruption, stop
 from megatron_lite.training.job import announce, identify, metrics_folder, saver_for, told
 from megatron_lite.training.live import Uses, live_stage
@@ -141,7 +142,7 @@ class Loop:
     def _save(self) -> None:
         if self.saved != self.progress.iteration:
             self.saved = self.progress.iteration
-            self.watch.at(self.saved, "saving")
+            self.watch.at(self.saved, SAVING)
             prepare_to_save(self.engine.optimizer)
             self.saver.save(self.engine, self._as_saved())
 
@@ -157,6 +158,7 @@ class Loop:
 
     def _leave(self) -> None:
         self._save()
+        self.watch.at(self.progress.iteration, SAVING)
         self.saver.wait()
         self.training.mesh.wait()
         logger.info(f"step {self.progress.iteration}: asked to stop; {self.saver.kept}")
@@ -168,6 +170,7 @@ class Loop:
             self._validate(self.last)
         if self.config.training.do_test is not False and (loss := self.validator.loss("test")) is not None:
             self.reporter.validated(self.progress.iteration, loss, name="test")
+        self.watch.at(self.progress.iteration, SAVING)
         self.saver.wait()
         self.saver.close()
         steps = self.progress.iteration - self.first

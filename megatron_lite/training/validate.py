@@ -69,7 +69,7 @@ class Validator:
                 f"the loss before training is {trained:.4f} in training and {scored:.4f} in evaluation, of the same rows and weights; that is a fault of this "
                 f"program or of the installed DeepSpeed on {training.mesh.layout}: try another layout, and report it"
             )
-        logger.info(f"of its first rows, evaluation finds the same loss: {scored:.4f}")
+        logger.info(f"evaluation finds the loss that training finds in the first rows: {scored:.4f}")
 
 
 def stream(training: Training, batches: Batches, consumed: int) -> Iterator[TokenBatch]:
