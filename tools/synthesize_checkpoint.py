@@ -18,7 +18,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # last, because a top
 
 from megatron_lite.checkpoint.convert import Model, to_huggingface
 from megatron_lite.checkpoint.find import CheckpointLayout
-from megatron_lite.checkpoint.synthetic import RandomWeights, SlimShard, layer_shapes, random_tensors, rank_state, slim_size, whole_size
+from megatron_lite.checkpoint.synthetic import SLIM_SHARDS, RandomWeights, SlimShard, layer_shapes, random_tensors, rank_state, slim_size, whole_size
 from megatron_lite.checkpoint.write import name_latest, save, step_folder, write_layer
 from megatron_lite.config.load import load_config
 from megatron_lite.config.sections import RunConfig
@@ -29,9 +29,6 @@ from megatron_lite.models.architecture import Architecture, architecture_named
 from megatron_lite.models.spec import BYTES, DType, ModelSpec, spec_of
 from megatron_lite.parallel.layout import Layout, check_cut, stage_numbers
 from megatron_lite.progress import progress
-
-SLIM_SHARDS = 8
-"""Shards of GPT-J's checkpoint, one for each core of a TPU."""
 
 
 @dataclass(frozen=True)

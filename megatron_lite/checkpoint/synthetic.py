@@ -20,7 +20,8 @@ from megatron_lite.parallel.mesh import Axis
 
 PERIOD = 4_194_301
 """A prime number of random values, repeated: no two rows of a matrix are alike, and writing waits for the disk, not for the generator."""
-SHARD_FILES = 16
+SLIM_SHARDS, SHARD_FILES = 8, 16
+"""Of GPT-J's slim checkpoint: a shard for each core of a TPU, and the files of each."""
 
 ShapeMap = Mapping[str, tuple[int, ...]]
 
