@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_lite.benchmark.scoring import score_plainly
 from megatron_lite.inference.packing import TokenRequest
 from megatron_lite.inference.score import Scorer
 from megatron_lite.parallel.mesh import single_mesh
 from tests.models import SMALL, in_transformers, load, write_random
-from tools.benchmark import main, score_plainly
+from tools.benchmark import main
 
 ROOT = Path(__file__).parents[1]
 

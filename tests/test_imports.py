@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "megatron_lite.inference": ("run", "config", "parallel", "models", "data"),
     "megatron_lite.training": ("run", "config", "parallel", "models", "checkpoint", "data", "metrics"),
     "megatron_lite.evaluation": ("run", "config", "parallel", "models", "checkpoint", "inference", "data", "metrics"),
+    "megatron_lite.benchmark": ("run", "config", "parallel", "models", "checkpoint", "inference", "data"),
     "launcher": (
         "config",
         "parallel.layout",

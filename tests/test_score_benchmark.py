@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_lite.benchmark.scoring import lambada, piqa, score_plainly
 from megatron_lite.parallel.mesh import single_mesh
 from tests.harness import ROOT, random_model, tokenizer
 from tests.models import in_transformers, load
-from tools.benchmark import lambada, main, piqa, score_plainly
+from tools.benchmark import main
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,152 @@
+"""What every measurement starts from: processes that have joined, a model of random weights or of a checkpoint, and tokens without a tokenizer."""
+
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from megatron_lite.config.sections import RunConfig
+from megatron_lite.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_lite.errors import LayoutError, TokenizerError
+from megatron_lite.inference.continuous import ContinuousDecoder
+from megatron_lite.inference.decoders import continuous_decoder
+from megatron_lite.inference.paged import pages_for
+from megatron_lite.inference.step import Slots, Stepper
+from megatron_lite.log import logger
+from megatron_lite.models.architecture import Architecture, architecture_named
+from megatron_lite.models.spec import DTYPES, DType, ModelSpec, spec_of
+from megatron_lite.parallel.layout import Layout, check_cut
+from megatron_lite.parallel.mesh import Mesh, build_mesh, joined_world
+from megatron_lite.parallel.stage import Stage
+from megatron_lite.run import Run, load_stage, prepare
+
+
+class Numbers:
+    """The tokenizer of random weights: the text of a token is its number. The last row of the vocabulary ends a text, and is never chosen."""
+
+    def __init__(self, rows: int) -> None:
+        self.vocab_size = rows - 1
+        self.eod = rows - 1
+
+    def encode(self, text: str) -> list[int]:
+        return [int(word) for word in text.split()]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return " ".join(map(str, tokens))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A model on the processes that were started, without its weights. `run` is the checkpoint that they come from; None for random ones."""
+
+    config: RunConfig
+    mesh: Mesh
+    architecture: Architecture
+    spec: ModelSpec
+    tokenizer: Tokenizer
+    run: Run | None
+
+    @property
+    def weights(self) -> str:
+        return "random weights" if self.run is None else str(self.run.checkpoint)
+
+    def stage(self) -> Stage:
+        return random_stage(self.architecture, self.spec, self.mesh) if self.run is None else load_stage(self.run)
+
+
+@contextmanager
+def open_bench(config: RunConfig, *, vocab: int | None, from_checkpoint: bool) -> Iterator[Bench]:
+    """One GPU a process; the layout is the configuration's where that many were started, else one model over all of them."""
+    with joined_mesh(config) as mesh:
+        if mesh.layout.pp > 1:
+            raise LayoutError(f"this measures models that are cut into parts of every matrix, not {mesh.layout}; give pipe_parallel_size=1")
+        if from_checkpoint:
+            run = prepare(config, mesh)
+            yield Bench(config, mesh, run.architecture, run.spec, run.tokenizer, run)
+            return
+        rows = vocab or vocabulary(config)
+        spec = spec_of(config.model, vocab=-(-rows // mesh.layout.tp) * mesh.layout.tp, dtype=precision(config, mesh.device))
+        yield Bench(config, mesh, architecture_named(config.model.family), spec, Numbers(spec.vocab), None)
+
+
+@contextmanager
+def joined_mesh(config: RunConfig) -> Iterator[Mesh]:
+    with joined_world() as (rank, world, device):
+        layout = fitted(config, world)
+        spec = spec_of(config.model, vocab=0, dtype="float32")
+        check_cut(layout, heads=spec.heads, kv_heads=spec.kv_heads, ffn=spec.ffn, layers=spec.layers)
+        yield build_mesh(layout, rank=rank, device=device)
+
+
+def fitted(config: RunConfig, world: int) -> Layout:
+    """The layout that is asked for, in as many replicas as there are processes for, or one model over all of them."""
+    asked = Layout(pp=max(1, config.parallel.pipe_parallel_size), tp=config.parallel.model_parallel_size)
+    if world % asked.size == 0:
+        return replace(asked, dp=world // asked.size)
+    found = Layout(tp=world)
+    logger.info(f"the configuration asks for {asked.pp} x {asked.tp} = {asked.size} processes; {world} started: using {found}")
+    return found
+
+
+def precision(config: RunConfig, device: torch.device) -> DType:
+    return DTYPES[config.precision] if device.type == "cuda" else "float32"
+
+
+def vocabulary(config: RunConfig) -> int:
+    """Rows of the embedding, by NeoX's rule."""
+    if config.tokenizer.padded_vocab_size:
+        return config.tokenizer.padded_vocab_size
+    multiple = config.tokenizer.make_vocab_size_divisible_by * config.parallel.model_parallel_size
+    try:
+        return -(-load_tokenizer(config.tokenizer).vocab_size // multiple) * multiple
+    except TokenizerError as error:
+        raise TokenizerError(f"{error}; or give --vocab N, the rows of the embedding (50432 for 20B)") from None
+
+
+@torch.no_grad()
+def random_stage(architecture: Architecture, spec: ModelSpec, mesh: Mesh) -> Stage:
+    """All layers of the model, drawn on the device: norms are neutral, all else has the size of trained weights."""
+    layers: dict[int, nn.Module] = {}
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    generator = torch.Generator(device=mesh.device).manual_seed(1)
+    for number, make in architecture.plan(spec, mesh.tp).items():
+        with torch.device("meta"):
+            layer = make().to(dtype).requires_grad_(False)
+        layer.to_empty(device=mesh.device)
+        for name, parameter in layer.named_parameters():
+            if "norm" in name and name.endswith("weight"):
+                parameter.fill_(1)
+            else:
+                parameter.normal_(std=(2 / (5 * spec.hidden)) ** 0.5, generator=generator)
+        layers[number] = layer.eval()
+    return Stage(layers, mesh, spec.hidden, dtype)
+
+
+def random_tokens(words: int, count: int, *seed: int) -> list[int]:
+    """The same in every process."""
+    return np.random.default_rng(seed).integers(1, words, count).tolist()
+
+
+def serving(stage: Stage, bench: Bench, *, rows: int, tokens: int, context: int | None = None) -> ContinuousDecoder:
+    """What serves `rows` rows of up to `tokens` tokens each: with captured steps on GPUs, with plain ones elsewhere."""
+    spec, context = bench.spec, context or tokens
+    if stage.mesh.device.type == "cuda":
+        return continuous_decoder(stage, spec, bench.tokenizer, context=context, rows=rows, tokens=tokens)
+    slots = Slots.empty(rows, longest=context, device=stage.mesh.device)
+    stepper = Stepper(stage, spec, words=bench.tokenizer.vocab_size, slots=slots, pages=1 + rows * pages_for(tokens))
+    return ContinuousDecoder(stepper, bench.tokenizer, context=context, tokens=2048)
+
+
+def release(device: torch.device) -> None:
+    """Gives back the memory of what nobody holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()

@@ -1,0 +1,93 @@
+"""What this machine can do at best, measured in the same run as what is held against it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron_lite.benchmark.clock import median_seconds, seconds_a_call
+from megatron_lite.benchmark.table import Row
+from megatron_lite.models.spec import ModelSpec
+from megatron_lite.parallel.mesh import Mesh
+from megatron_lite.parallel.peers import connect
+
+CEILING = "ceiling"
+ROWS = (1, 8, 64)
+"""Rows of hidden states that an all-reduce sums: 12, 96 and 768 KiB of 20B in half precision."""
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Bytes of memory that are read and operations that are done in a second, on one device."""
+
+    stream: float
+    product: float
+
+    @classmethod
+    def of(cls, device: torch.device, dtype: torch.dtype) -> "Ceilings":
+        return cls(read_stream(device, dtype), matrix_product(device, dtype))
+
+    def rows(self, device: torch.device, dtype: torch.dtype) -> list[Row]:
+        name = str(dtype).removeprefix("torch.")
+        return [
+            Row(what=f"memory, matrix-vector products, {name}", by=CEILING, rate=self.stream / 1e12, unit="TB/s"),
+            Row(what=f"matrix product {product_size(device)}^3, {name}", by=CEILING, rate=self.product / 1e12, unit="TFLOP/s"),
+        ]
+
+
+def read_stream(device: torch.device, dtype: torch.dtype) -> float:
+    """Bytes/s of reading matrices that no cache holds, each for one product with a vector."""
+    count, shape = (16, (24576, 6144)) if device.type == "cuda" else (4, (1024, 512))
+    matrices = [torch.randn(shape, device=device, dtype=dtype) for _ in range(count)]
+    vector = torch.randn(1, shape[1], device=device, dtype=dtype)
+    out = torch.empty(1, shape[0], device=device, dtype=dtype)
+    seconds = seconds_a_call(lambda index: torch.mm(vector, matrices[index].T, out=out), device, calls=count)
+    return matrices[0].nbytes / seconds
+
+
+def product_size(device: torch.device) -> int:
+    return 8192 if device.type == "cuda" else 512
+
+
+def matrix_product(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations/s of a large product of random matrices."""
+    size = product_size(device)
+    one, other = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / median_seconds(lambda: one @ other, device, times=9)
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes/s from pinned memory of the host to the device."""
+    size = (256 << 20) if device.type == "cuda" else (1 << 20)
+    source = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda").fill_(1)
+    target = torch.empty(size, dtype=torch.uint8, device=device)
+    return size / median_seconds(lambda: target.copy_(source, non_blocking=True), device, times=9)
+
+
+@torch.inference_mode()
+def all_reduces(mesh: Mesh, spec: ModelSpec) -> list[Row]:
+    """The latency of summing hidden states over a tensor-parallel group, by the library and by the exchange that decoding uses where it works."""
+    if mesh.tp.size == 1:
+        return []
+    return [*_by_library(mesh, spec), *_by_exchange(mesh, spec)]
+
+
+def _by_library(mesh: Mesh, spec: ModelSpec) -> Iterator[Row]:
+    library = dist.get_backend(mesh.tp.group).upper()
+    for rows in ROWS:
+        state = torch.zeros(rows, spec.hidden, dtype=getattr(torch, spec.dtype), device=mesh.device)
+        seconds = seconds_a_call(lambda index, state=state: dist.all_reduce(state, group=mesh.tp.group), mesh.device, calls=20)
+        yield Row(what=f"all-reduce of {rows} x {spec.hidden}", by=f"{library}, {state.nbytes / 1024:.0f} KiB", seconds=seconds, batch=rows)
+
+
+def _by_exchange(mesh: Mesh, spec: ModelSpec) -> Iterator[Row]:
+    peers = connect(mesh.tp, capacity=ROWS[-1] * spec.hidden, programs=ROWS[-1] * (spec.hidden // 128 + 1), device=mesh.device)
+    if peers is None:
+        return
+    from megatron_lite.inference.kernels.exchange import exchange
+
+    for rows in ROWS:
+        state, terms = (torch.zeros(*shape, rows, spec.hidden, device=mesh.device) for shape in ((), (1,)))
+        seconds = seconds_a_call(lambda index, state=state, terms=terms: exchange(state, terms, None, peers), mesh.device, calls=20)
+        yield Row(what=f"all-reduce of {rows} x {spec.hidden}", by=f"exchange, {state.nbytes / 1024:.0f} KiB in fp32", seconds=seconds, batch=rows)

@@ -1,0 +1,79 @@
+"""Reading prompts: how long it takes until the first new token is there, beside the time of the arithmetic at the speed of a large matrix product."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+from megatron_lite.benchmark.bench import Bench, random_tokens, release, serving
+from megatron_lite.benchmark.ceilings import Ceilings
+from megatron_lite.benchmark.clock import seconds_of
+from megatron_lite.benchmark.counts import prefill_operations
+from megatron_lite.benchmark.peer import peers
+from megatron_lite.benchmark.table import OURS, Row
+from megatron_lite.errors import ConfigError
+from megatron_lite.inference.paged import pages_for
+from megatron_lite.inference.request import Request, Sampling
+from megatron_lite.inference.sample import Rules
+from megatron_lite.inference.step import Stepper
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefillOptions:
+    batches: Sequence[int]
+    lengths: Sequence[int]
+    times: int
+    peer: bool
+    folder: str | None
+
+
+def measure_prefill(bench: Bench, options: PrefillOptions) -> Iterator[Row]:
+    if not 1 <= min(options.lengths) <= max(options.lengths) <= bench.spec.max_positions:
+        raise ConfigError(
+            f"prompts of {max(options.lengths)} tokens were asked for, and the model has {bench.spec.max_positions} positions; give other --tokens"
+        )
+    device, dtype = bench.mesh.device, getattr(torch, bench.spec.dtype)
+    ceilings = Ceilings.of(device, dtype)
+    yield from ceilings.rows(device, dtype)
+    release(device)
+    yield from _ours(bench, options, ceilings)
+    release(device)
+    if options.peer:
+        for peer in peers(bench, options.folder):
+            for batch, length in _sizes(options):
+                prompts = _prompts(bench, batch, length)
+                seconds = [peer.prefill_seconds(prompts) for _ in range(options.times + 1)][1:]
+                if any(seconds):
+                    yield _row(bench, peer.name, batch, length, median(seconds), ceilings)
+
+
+def _ours(bench: Bench, options: PrefillOptions, ceilings: Ceilings) -> Iterator[Row]:
+    stepper = serving(bench.stage(), bench, rows=max(options.batches), tokens=max(options.lengths)).stepper
+    for batch, length in _sizes(options):
+        yield _row(bench, OURS, batch, length, median(read_seconds(stepper, _prompts(bench, batch, length), times=options.times)), ceilings)
+
+
+def _sizes(options: PrefillOptions) -> list[tuple[int, int]]:
+    return [(batch, length) for length in options.lengths for batch in options.batches]
+
+
+def _prompts(bench: Bench, batch: int, length: int) -> list[list[int]]:
+    return [random_tokens(bench.tokenizer.vocab_size, length, length, row) for row in range(batch)]
+
+
+@torch.inference_mode()
+def read_seconds(stepper: Stepper, prompts: Sequence[Sequence[int]], *, times: int) -> list[float]:
+    """Until the first token of every prompt is there; the first run does not count."""
+    device, each = stepper.stage.mesh.device, pages_for(len(prompts[0]))
+    pages = [list(range(1 + row * each, 1 + (row + 1) * each)) for row in range(len(prompts))]
+    if len(prompts) * each >= stepper.pages:
+        raise ConfigError(f"{len(prompts)} prompts of {len(prompts[0])} tokens do not fit in the cache of {stepper.pages} pages; use a smaller --batch")
+    rules = Rules.of([Request(row, "", (0,), Sampling()) for row in range(len(prompts))], device=device)
+    return [seconds_of(lambda: stepper.read(prompts, pages, rules), device) for _ in range(times + 1)][1:]
+
+
+def _row(bench: Bench, by: str, batch: int, length: int, seconds: float, ceilings: Ceilings) -> Row:
+    operations = prefill_operations(bench.spec, batch=batch, tokens=length)
+    floor = operations / bench.mesh.tp.size / ceilings.product
+    return Row(what=f"prefill of {batch} x {length:,}", by=by, rate=operations / seconds / 1e12, unit="TFLOP/s", seconds=seconds, floor=floor, batch=batch)
