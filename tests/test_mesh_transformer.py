@@ -53,6 +53,8 @@ def expected(model: nn.Module) -> Tensor:
 def test_the_folder_is_recognized_with_and_without_its_step(saved: tuple[Path, nn.Module]) -> None:
     folder, _ = saved
     layouts = [find_checkpoint(folder), find_checkpoint(folder / "step_383500"), find_checkpoint(folder, iteration=383500)]
+    with pytest.raises(CheckpointError, match="the steps there are: step_383500"):
+        find_checkpoint(folder, iteration=5)
     assert {(layout.format, layout.tag, layout.tp) for layout in layouts} == {("mesh-transformer", "step_383500", SHARDS)}
 
 

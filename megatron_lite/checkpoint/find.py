@@ -93,7 +93,7 @@ def _latest(folder: Path) -> str:
 
 
 def _steps(folder: Path) -> str:
-    steps = sorted((path.name for path in folder.glob("global_step*") if path.is_dir()), key=lambda name: (len(name), name))
+    steps = sorted((path.name for path in (*folder.glob("global_step*"), *folder.glob("step_*")) if path.is_dir()), key=lambda name: (len(name), name))
     return f"the steps there are: {', '.join(steps)}" if steps else "there is no global_step folder in it either"
 
 
