@@ -11,7 +11,8 @@ from megatron_lite.models.memory import parameters
 from megatron_lite.models.spec import spec_of
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-OVERLAYS = {"text_generation.yml", "local_setup.yml", "finetune.yml", "lora.yml", "tiny-train.yml"}  # settings to be named beside a model's own file
+# Settings to be named beside a model's own file.
+OVERLAYS = {"text_generation.yml", "local_setup.yml", "finetune.yml", "finetune-cpu.yml", "lora.yml", "tiny-train.yml"}
 FILES = sorted(CONFIGS.rglob("*.yml"))
 
 # Published sizes: every parameter once, vocabulary padded for the cut that the model was trained with.
