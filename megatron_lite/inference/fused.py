@@ -5,16 +5,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_lite.inference.kernels.attention import Scratch, Turn, attend_pages
-from megatron_lite.inference.kernels.exchange import exchange
+from megatron_lite.inference.kernels.exchange import sum_and_norm
 from megatron_lite.inference.kernels.linear import Projection, combine, project
 from megatron_lite.inference.kernels.norm import add_and_norm
-from megatron_lite.inference.paged import PagedPast
+from megatron_lite.inference.kernels.prompt import place_prompts
+from megatron_lite.inference.paged import FilledPast, PagedPast
 from megatron_lite.models import gptj, neox
 from megatron_lite.models.attention import Rotary, angles
-from megatron_lite.parallel.layers import LayerNorm
+from megatron_lite.parallel.adapter import Adapted
+from megatron_lite.parallel.layers import LayerNorm, columns
 from megatron_lite.parallel.mesh import Axis
 from megatron_lite.parallel.peers import Peers
 
@@ -44,13 +47,14 @@ class Norms:
 
 @dataclass(frozen=True)
 class FusedBlock:
-    """What one block computes with. `bias` is what this rank adds to the reduction."""
+    """What one block computes with. `bias` is what this rank adds to the reduction, in fp32 and as small as the weights."""
 
     norms: Norms
     first: tuple[Tensor, Tensor]
     first_bias: tuple[Tensor | None, Tensor | None]
     second: tuple[Tensor, Tensor]
     bias: Tensor | None
+    small_bias: Tensor | None
     head_dim: int
     turn: Turn | None
     activation: str
@@ -58,6 +62,8 @@ class FusedBlock:
     @classmethod
     def of(cls, block: nn.Module) -> "FusedBlock | None":
         """The block's own weights, not copied; None where it is of another kind."""
+        if any(isinstance(module, Adapted) for module in block.modules()):
+            return None  # adapters in training are computed beside their weights
         if isinstance(block, neox.ParallelBlock):
             norms = Norms.of(block.input_layernorm, block.post_attention_layernorm)
         elif isinstance(block, gptj.Block):
@@ -66,12 +72,14 @@ class FusedBlock:
             return None
         attention, mlp = block.attention, block.mlp
         biases = [bias.detach().float() for bias in (attention.dense.bias, mlp.dense_4h_to_h.bias) if bias is not None]
+        bias = torch.stack(biases).sum(0) if biases else None
         return cls(
             norms,
             (attention.query_key_value.weight, mlp.dense_h_to_4h.weight),
             (attention.query_key_value.bias, mlp.dense_h_to_4h.bias),
             (attention.dense.weight, mlp.dense_4h_to_h.weight),
-            torch.stack(biases).sum(0) if biases else None,
+            bias,
+            None if bias is None else bias.to(attention.dense.weight.dtype),
             attention.head_dim,
             turn_of(attention.rotary, attention.dense.weight.device),
             "gelu_tanh" if mlp.approximate == "tanh" else "gelu",
@@ -82,6 +90,18 @@ def turn_of(rotary: Rotary, device: torch.device) -> Turn | None:
     if not rotary.dim:
         return None
     return Turn(*angles(rotary.dim, rotary.base, rotary.max_positions, device), rotary.pairing == "interleaved")
+
+
+def copies(normed: Tensor, first: int, count: int) -> Tensor:
+    """The copies of one norm, as column layers take them: [1 s d], or [c 1 s d]."""
+    return normed[first : first + 1] if count == 1 else normed[first : first + count].unsqueeze(1)
+
+
+def activated(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """[s n]: GELU behind a product, without a pass of its own where the library can."""
+    if activation == "gelu_tanh" and x.is_cuda and x.dim() == 3 and bias is not None:
+        return torch._addmm_activation(bias, x[0], weight.t(), use_gelu=True)  # cuBLASLt's epilogue, which is the tanh form
+    return F.gelu(columns(x, weight, bias), approximate="tanh" if activation == "gelu_tanh" else "none")[0]
 
 
 @dataclass(frozen=True)
@@ -100,31 +120,54 @@ class FusedStack:
         return cls(known, Norms.of(last) if last else None, tp, peers) if known and len(known) == len(fused) else None
 
     def run(self, x: Tensor, pasts: Sequence[PagedPast], scratch: Scratch) -> Tensor:
-        """[b d] in the model's precision -> what the last norm makes of the stream [c b d], or the stream itself [1 b d]."""
-        rows, width = x.shape
-        stream = torch.zeros(rows, width, dtype=torch.float32, device=x.device)
-        terms = torch.empty(SPLITS, rows, width, dtype=torch.float32, device=x.device)
-        normed = self._normed(stream, x.unsqueeze(0), None, self.blocks[0].norms)
+        """This rank's share of the embedding [b d] -> what the last norm makes of the stream [c b d], or the stream itself [1 b d]."""
+        stream = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        terms = torch.empty(SPLITS, *x.shape, dtype=torch.float32, device=x.device)
+        normed = self._summed(stream, x.unsqueeze(0), None, self.blocks[0].norms, like=x)
         for index, (block, past) in enumerate(zip(self.blocks, pasts, strict=True)):
             self._block(block, past, normed, terms, scratch)
             following = self.blocks[index + 1].norms if index + 1 < len(self.blocks) else self.last
-            if self.tp.size == 1:
-                normed = self._normed(stream, terms, block.bias, following, like=x)
-            else:
-                self._reduce(stream, terms, block.bias)
-                normed = self._normed(stream, terms[:0], None, following, like=x)
+            normed = self._summed(stream, terms, block.bias, following, like=x)
         return normed
 
-    def _normed(self, stream: Tensor, terms: Tensor, bias: Tensor | None, norms: Norms | None, *, like: Tensor | None = None) -> Tensor:
+    def read(self, x: Tensor, pasts: Sequence[FilledPast], last: Tensor) -> Tensor:
+        """The same for the tokens [s d] of packed prompts, whose keys and values are kept: what the last norm makes of the stream at `last` [c n d]."""
+        stream = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        for block, past in zip(self.blocks, pasts, strict=True):
+            x = self._read_block(block, past, self._normed(stream, x.unsqueeze(0), None, block.norms, like=x))
+        self._normed(stream, x.unsqueeze(0), None, None, like=x)
+        ends = stream[last]
+        return self._normed(ends, ends.new_empty(0, *ends.shape), None, self.last, like=x)
+
+    def _read_block(self, block: FusedBlock, past: FilledPast, normed: Tensor) -> Tensor:
+        """What a block adds to the stream [s d], summed over the ranks."""
+        first, norms = block.first, block.norms
+        heads = columns(copies(normed, 0, norms.copies[0]), first[0], block.first_bias[0]).view(normed.shape[1], -1, 3, block.head_dim)
+        inner = activated(copies(normed, norms.second, norms.copies[1]), first[1], block.first_bias[1], block.activation)
+        place_prompts(heads, (past.keys, past.values), (past.pages, past.places), past.positions[0], block.turn)
+        query, key, value = heads.transpose(0, 1).unsqueeze(0).unbind(3)
+        mixed = past.inner.mix(query, key, value)[0].transpose(0, 1).flatten(1)
+        out = torch.addmm(F.linear(inner, block.second[1], block.small_bias), mixed, block.second[0].t())
+        return self.tp.sum_in_place(out)
+
+    def _summed(self, stream: Tensor, terms: Tensor, bias: Tensor | None, norms: Norms | None, *, like: Tensor) -> Tensor:
+        """Adds the sum over the ranks to the stream, and norms it."""
+        if self.tp.size == 1:
+            return self._normed(stream, terms, bias, norms, like=like)
+        if self.peers is None:
+            share = terms.float().sum(0) if bias is None else terms.float().sum(0) + bias
+            return self._normed(stream, self.tp.sum_in_place(share).unsqueeze(0), None, norms, like=like)
+        scale, shift, eps = (norms.scale, norms.shift, norms.eps) if norms else (stream[:0], stream[:0], 0.0)
+        out = torch.empty(len(scale), *stream.shape, dtype=like.dtype, device=stream.device)
+        sum_and_norm(stream, terms, bias, scale, shift, out, self.peers, eps=eps)
+        return out if norms else stream.to(like.dtype).unsqueeze(0)
+
+    def _normed(self, stream: Tensor, terms: Tensor, bias: Tensor | None, norms: Norms | None, *, like: Tensor) -> Tensor:
         """Adds to the stream, and norms it."""
-        like = terms if like is None else like
-        if norms is None:
-            empty = stream.new_empty(0, stream.shape[1])
-            add_and_norm(stream, terms, bias, empty, empty, empty, eps=0.0)
-            return stream.to(like.dtype).unsqueeze(0)
-        out = torch.empty(len(norms.scale), *stream.shape, dtype=like.dtype, device=stream.device)
-        add_and_norm(stream, terms, bias, norms.scale, norms.shift, out, eps=norms.eps)
-        return out
+        scale, shift, eps = (norms.scale, norms.shift, norms.eps) if norms else (stream[:0], stream[:0], 0.0)
+        out = torch.empty(len(scale), *stream.shape, dtype=like.dtype, device=stream.device)
+        add_and_norm(stream, terms, bias, scale, shift, out, eps=eps)
+        return out if norms else stream.to(like.dtype).unsqueeze(0)
 
     def _block(self, block: FusedBlock, past: PagedPast, normed: Tensor, terms: Tensor, scratch: Scratch) -> None:
         rows = normed.shape[1]
@@ -134,10 +177,3 @@ class FusedStack:
         mixed = torch.empty(query.shape, dtype=heads.dtype, device=heads.device)
         attend_pages((query, key, value), (past.keys, past.values), past.table, past.lengths, mixed, scratch, block.turn)
         combine((mixed.flatten(1), inner), block.second, terms)
-
-    def _reduce(self, stream: Tensor, terms: Tensor, bias: Tensor | None) -> None:
-        if self.peers is not None:
-            exchange(stream, terms, bias, self.peers)
-        else:
-            share = terms.sum(0) if bias is None else terms.sum(0) + bias
-            stream += self.tp.sum(share)

@@ -1,13 +1,13 @@
 """The device's side of continuous batching: one new token for every row at once, and whole prompts read in one pass."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megatron_lite.inference.packing import Segment
-from megatron_lite.inference.paged import PagedCache, PagedPast, pages_for, places_of
+from megatron_lite.inference.paged import FilledPast, PagedCache, PagedPast, pages_for, places_of
 from megatron_lite.inference.rows import NO_TOKEN
 from megatron_lite.inference.sample import Rules, choose
 from megatron_lite.inference.segments import segmented, to_device
@@ -60,13 +60,19 @@ class Stepper:
         inner = segmented([Segment(start, len(prompt), ()) for start, prompt in zip(starts, prompts, strict=True)], self.spec, dtype=self.stage.dtype, device=device)
         where = [to_device(each, device) for each in places_of([(len(prompt), held) for prompt, held in zip(prompts, pages, strict=True)])]
         last = to_device([start + len(prompt) - 1 for start, prompt in zip(starts, prompts, strict=True)], device)
-        x = to_device([token for prompt in prompts for token in prompt], device).unsqueeze(0)
+        tokens = to_device([token for prompt in prompts for token in prompt], device)
+        pasts = {number: self.cache.fill(number, inner, *where) for number in self.cache.keys}
+        return self.pick(self.logits_behind(tokens, pasts, last), rules)
+
+    def logits_behind(self, tokens: Tensor, pasts: Mapping[int, FilledPast], last: Tensor) -> Tensor:
+        """What follows the tokens at `last` of packed prompts [n v]."""
+        x = tokens.unsqueeze(0)
         for number, layer in self.stage.layers.items():
-            if number in self.cache.keys:
-                x = layer(x, self.cache.fill(number, inner, *where))
+            if number in pasts:
+                x = layer(x, pasts[number])
             else:
                 x = layer(x[:, last] if number == self.spec.norm_number else x)
-        return self.pick(x.flatten(0, -2), rules)
+        return x.flatten(0, -2)
 
     def advance(self, rows: int, rules: Rules) -> Tensor:
         """The next token of the first `rows` slots [rows], or NO_TOKEN; it becomes the slot's last one."""
@@ -86,6 +92,9 @@ class Stepper:
             x = layer(x, self.past(number, rows)) if number in self.cache.keys else layer(x)
         return x.flatten(0, -2)
 
+    def close(self) -> None:
+        """Lets go of what must not outlive the communicators."""
+
     def past(self, number: int, rows: int) -> PagedPast:
         return self.cache.step(number, self.slots.table[:rows], self.slots.lengths[:rows])
 
@@ -96,14 +105,19 @@ class Stepper:
         chosen = choose(known, rules).where(known.amax(-1).isfinite(), NO_TOKEN)
         return tp.share(chosen, source=0)  # cards may round differently: the first one decides for all
 
+    def gathered(self, offers: Tensor) -> Tensor:
+        """What every rank offers [ranks n 2], given this rank's offers [n 2]."""
+        tp = self.stage.mesh.tp
+        return tp.gather(offers).unflatten(-1, (tp.size, 2)).transpose(0, 1)
+
     def likeliest(self, logits: Tensor) -> Tensor:
         """The same where every row takes the most likely token: ranks compare their best ones, and no rank sees all logits."""
         tp, width = self.stage.mesh.tp, logits.shape[-1]
         first = tp.index * width
         best, place = logits[:, : max(0, min(width, self.words - first))].float().max(-1)
         if tp.size > 1:
-            offers = tp.gather(torch.stack([best, (place + first).float()], -1)).unflatten(-1, (tp.size, 2))  # an id is exact in fp32
-            best, winner = offers[..., 0].max(-1)
-            place = offers[..., 1].gather(-1, winner.unsqueeze(-1)).squeeze(-1).long()
-            best = offers[..., 0].sum(-1)
+            offers = self.gathered(torch.stack([best, (place + first).float()], -1))  # an id is exact in fp32
+            winner = offers[..., 0].argmax(0, keepdim=True)
+            place = offers[..., 1].gather(0, winner).squeeze(0).long()
+            best = offers[..., 0].sum(0)
         return place.where(best.isfinite(), NO_TOKEN)

@@ -16,5 +16,6 @@ def hold_to(limit: int | None, device: torch.device) -> None:
 def free_memory(device: torch.device) -> int:
     """Bytes of a GPU that this process can still get: what nobody has, within its budget."""
     free, whole = torch.cuda.mem_get_info(device)
-    budget = int(torch.cuda.get_per_process_memory_fraction(device) * whole)
+    stated = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # older versions of torch cannot tell, and then nothing was limited here
+    budget = int((stated(device) if stated else 1.0) * whole)
     return max(0, min(free, budget - torch.cuda.memory_reserved(device)))

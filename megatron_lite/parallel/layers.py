@@ -119,11 +119,15 @@ class VocabularyEmbedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocab // tp.size, hidden))
 
     def forward(self, tokens: Tensor) -> Tensor:
+        return self.tp.sum(self.share(tokens))
+
+    def share(self, tokens: Tensor) -> Tensor:
+        """The term of this rank: zeros for tokens whose row another rank holds."""
         if self.tp.size == 1:
             return F.embedding(tokens, self.weight)
         local = tokens - self.tp.index * len(self.weight)
         elsewhere = (local < 0) | (local >= len(self.weight))
-        return self.tp.sum(F.embedding(local.masked_fill(elsewhere, 0), self.weight).masked_fill(elsewhere.unsqueeze(-1), 0))
+        return F.embedding(local.masked_fill(elsewhere, 0), self.weight).masked_fill(elsewhere.unsqueeze(-1), 0)
 
 
 class VocabularyLinear(nn.Module):

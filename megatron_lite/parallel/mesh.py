@@ -46,6 +46,12 @@ class Axis:
         """The sum over the axis, accumulated in fp32; gradients pass unchanged (each rank's term entered once)."""
         return x if self.size == 1 else _Sum.apply(x, self)
 
+    def sum_in_place(self, x: Tensor) -> Tensor:
+        """x, which now holds the sum over the axis, accumulated in x's own precision; no gradients."""
+        if self.size > 1:
+            dist.all_reduce(x, group=self.group)
+        return x
+
     def copy(self, x: Tensor) -> Tensor:
         """x itself, entering work that is cut over the axis; gradients are summed, because every rank saw all of x."""
         return x if self.size == 1 else _Copy.apply(x, self)

@@ -47,7 +47,7 @@ def splits_for(rows: int, groups: int) -> int:
 
 
 def attend_pages(
-    heads: tuple[Tensor, Tensor, Tensor], pages: tuple[Tensor, Tensor], table: Tensor, lengths: Tensor, out: Tensor, scratch: Scratch, turn: Turn | None = None
+    heads: tuple[Tensor, Tensor, Tensor], pages: tuple[Tensor, Tensor], table: Tensor, lengths: Tensor, out: Tensor, scratch: Scratch, turn: Turn | None = None, *, warps: int = 4, stages: int = 3
 ) -> None:  # fmt: skip
     """out [b h d] = what the queries [b h d] see of the keys and values in pages [pages g p d] (by table [b pages] and lengths [b]) and of their own token's
     [b g d], which are written to the cache at position lengths[b]. `heads` are queries, keys and values."""
@@ -61,12 +61,12 @@ def attend_pages(
         query.stride(0), query.stride(1), key.stride(0), key.stride(1), value.stride(0), value.stride(1), table.stride(0), head_dim**-0.5,
         GROUPS=groups, GROUP=queries // groups, HEAD=head_dim, TURNED=2 * turn.cos.shape[1] if turn else 0,
         INTERLEAVED=bool(turn and turn.interleaved), PAGE=page, SPLITS=splits, BLOCK=max(16, triton.next_power_of_2(head_dim)),
-        QUERIES=max(16, triton.next_power_of_2(queries // groups)), num_warps=4, num_stages=3, **options(),
+        QUERIES=max(16, triton.next_power_of_2(queries // groups)), num_warps=warps, num_stages=stages, **options(),
     )  # fmt: skip
 
 
 @triton.jit
-def _turned(x, place, inside, cos, sin, position, TURNED: tl.constexpr, INTERLEAVED: tl.constexpr):
+def turned(x, place, inside, cos, sin, position, TURNED: tl.constexpr, INTERLEAVED: tl.constexpr):
     """The vectors at x, turned by the angles of their position, in fp32."""
     found = tl.load(x + place, inside, 0.0).to(tl.float32)
     if TURNED:
@@ -99,10 +99,10 @@ def _attend(
     length = tl.load(lengths + row)
     kind = keys.dtype.element_ty
     heads = group * GROUP + member
-    q = _turned(query + row * query_row + heads[:, None] * query_head, place[None, :], both, cos, sin, length, TURNED, INTERLEAVED).to(kind)
+    q = turned(query + row * query_row + heads[:, None] * query_head, place[None, :], both, cos, sin, length, TURNED, INTERLEAVED).to(kind)
 
     best, total, mix = tl.full([QUERIES], -float("inf"), tl.float32), tl.zeros([QUERIES], tl.float32), tl.zeros([QUERIES, BLOCK], tl.float32)
-    count = tl.cdiv(length + 1, PAGE)  # pages, the new token's included
+    count = tl.cdiv(length, PAGE)
     share = tl.cdiv(count, SPLITS)
     first, stop = split * share, tl.minimum(split * share + share, count)
     in_page = tl.arange(0, PAGE)
@@ -115,14 +115,13 @@ def _attend(
         v = tl.load(values + start + offset, seen[:, None] & inside[None, :], 0.0)
         scores = tl.where(seen[None, :], tl.dot(q, tl.trans(k), input_precision="ieee") * scale, -float("inf"))
         highest = tl.maximum(best, tl.max(scores, 1))
-        base = tl.where(highest == -float("inf"), 0.0, highest)  # a page whose only token is the new one
-        weights = tl.exp(scores - base[:, None])
-        shrink = tl.exp(best - base)
+        weights = tl.exp(scores - highest[:, None])
+        shrink = tl.exp(best - highest)
         total = total * shrink + tl.sum(weights, 1)
         mix = tl.dot(weights.to(kind), v, mix * shrink[:, None], input_precision="ieee")
         best = highest
-    if (stop == count) & (first < stop):
-        k = _turned(key + row * key_row + group * key_head, place, inside, cos, sin, length, TURNED, INTERLEAVED).to(kind)
+    if split == SPLITS - 1:
+        k = turned(key + row * key_row + group * key_head, place, inside, cos, sin, length, TURNED, INTERLEAVED).to(kind)
         v = tl.load(value + row * value_row + group * value_head + place, inside, 0.0)
         page = tl.load(table + row * table_row + length // PAGE).to(tl.int64)
         start = ((page * GROUPS + group) * PAGE + length % PAGE) * HEAD
