@@ -16,7 +16,7 @@ REQUIREMENTS = ROOT / "requirements"
 
 # The packages of libraries that are not called like the module they bring
 PACKAGE_OF = {"lm_eval": "lm-eval", "yaml": "pyyaml"}
-OPTIONAL = {"bitsandbytes", "tensorboard", "tiktoken", "zstandard"}  # a sentence says how to install them
+OPTIONAL = {"accelerate", "bitsandbytes", "matplotlib", "tensorboard", "tiktoken", "transformers", "zstandard"}  # a sentence says how to install them
 
 
 def requirements(name: str) -> dict[str, Requirement]:

@@ -134,9 +134,9 @@ def random_tokens(words: int, count: int, *seed: int) -> list[int]:
     return np.random.default_rng(seed).integers(1, words, count).tolist()
 
 
-def serving(stage: Stage, bench: Bench, *, rows: int, tokens: int, context: int | None = None) -> ContinuousDecoder:
+def serving(stage: Stage, bench: Bench, *, rows: int, tokens: int, context: int) -> ContinuousDecoder:
     """What serves `rows` rows of up to `tokens` tokens each: with captured steps on GPUs, with plain ones elsewhere."""
-    spec, context = bench.spec, context or tokens
+    spec = bench.spec
     if stage.mesh.device.type == "cuda":
         return continuous_decoder(stage, spec, bench.tokenizer, context=context, rows=rows, tokens=tokens)
     slots = Slots.empty(rows, longest=context, device=stage.mesh.device)

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_lite.benchmark.clock import median_seconds, seconds_a_call
 from megatron_lite.benchmark.table import Row
-from megatron_lite.models.spec import ModelSpec
+from megatron_lite.models.spec import BYTES, ModelSpec
 from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.parallel.peers import connect
 
@@ -82,12 +83,23 @@ def _by_library(mesh: Mesh, spec: ModelSpec) -> Iterator[Row]:
 
 
 def _by_exchange(mesh: Mesh, spec: ModelSpec) -> Iterator[Row]:
-    peers = connect(mesh.tp, capacity=ROWS[-1] * spec.hidden, programs=ROWS[-1] * (spec.hidden // 128 + 1), device=mesh.device)
+    """The launch that decoding sums with, without the norm that can follow in it."""
+    if mesh.device.type != "cuda":
+        return
+    from megatron_lite.inference.kernels.exchange import packets, proven, sum_and_norm
+
+    dtype = getattr(torch, spec.dtype)
+    found = connect(mesh.tp, capacity=packets(ROWS[-1], spec.hidden), programs=ROWS[-1] + 1, device=mesh.device)
+    peers = proven(found, mesh.tp, width=spec.hidden, dtype=dtype)
     if peers is None:
         return
-    from megatron_lite.inference.kernels.exchange import exchange
-
     for rows in ROWS:
-        state, terms = (torch.zeros(*shape, rows, spec.hidden, device=mesh.device) for shape in ((), (1,)))
-        seconds = seconds_a_call(lambda index, state=state, terms=terms: exchange(state, terms, None, peers), mesh.device, calls=20)
-        yield Row(what=f"all-reduce of {rows} x {spec.hidden}", by=f"exchange, {state.nbytes / 1024:.0f} KiB in fp32", seconds=seconds, batch=rows)
+        state, share = (torch.zeros(*shape, rows, spec.hidden, device=mesh.device) for shape in ((), (1,)))
+        none, out = (torch.empty(*shape, spec.hidden, dtype=dtype, device=mesh.device) for shape in ((0,), (0, rows)))
+
+        def work(index: int, state: Tensor = state, share: Tensor = share, none: Tensor = none, out: Tensor = out) -> None:
+            sum_and_norm(state, share, None, none, none, out, peers, eps=0.0)
+
+        seconds = seconds_a_call(work, mesh.device, calls=20)
+        size = rows * spec.hidden * BYTES[spec.dtype]
+        yield Row(what=f"all-reduce of {rows} x {spec.hidden}", by=f"exchange, {size / 1024:.0f} KiB", seconds=seconds, batch=rows)

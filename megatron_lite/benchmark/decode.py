@@ -66,10 +66,10 @@ def measure_decoding(bench: Bench, options: DecodeOptions) -> Iterator[Row]:
     device, dtype = bench.mesh.device, getattr(torch, bench.spec.dtype)
     ceilings = Ceilings.of(device, dtype)
     yield from ceilings.rows(device, dtype)
-    yield from all_reduces(bench.mesh, bench.spec)
     release(device)
     yield from _ours(bench, options, ceilings)
     release(device)
+    yield from all_reduces(bench.mesh, bench.spec)
     if options.peer:
         for peer in peers(bench, options.folder):
             yield from _peer(bench, options, ceilings, peer)
@@ -77,7 +77,7 @@ def measure_decoding(bench: Bench, options: DecodeOptions) -> Iterator[Row]:
 
 def _ours(bench: Bench, options: DecodeOptions, ceilings: Ceilings) -> Iterator[Row]:
     stage = bench.stage()
-    stepper = serving(stage, bench, rows=max(options.batches), tokens=options.span.longest).stepper
+    stepper = serving(stage, bench, rows=max(options.batches), tokens=options.span.longest, context=bench.spec.max_positions).stepper
     for batch in options.batches:
         yield step_row(bench, OURS, batch, options.span, median(step_seconds(stepper, batch, options.span)), ceilings)
     if options.plain:
@@ -93,7 +93,7 @@ def _peer(bench: Bench, options: DecodeOptions, ceilings: Ceilings, peer: Peer) 
     for name, batch, is_compiled in kinds:
         tokens = [random_tokens(bench.tokenizer.vocab_size, options.span.before, batch, row) for row in range(batch)]
         started = time.monotonic()
-        peer.step_seconds(tokens, steps=3, static=is_compiled)
+        peer.step_seconds(tokens, steps=options.span.steps if is_compiled else 3, static=is_compiled)  # what was compiled serves one length of cache
         ready = time.monotonic() - started
         seconds = peer.step_seconds(tokens, steps=options.span.steps, static=is_compiled)
         if seconds:

@@ -81,7 +81,7 @@ def _ours(bench: Bench, options: GenerateOptions, ceilings: Ceilings) -> Iterato
     decoder = serving(bench.stage(), bench, rows=options.rows, tokens=options.mixture.longest, context=bench.spec.max_positions)
     ready = seconds_of(lambda: _warm_up(decoder, options.rows), mesh.device)
     yield Row(what=f"compile and capture up to {options.rows} rows", by=OURS, seconds=ready)
-    span = _span(bench)
+    span = _span(options.mixture.longest)
     full = min(FULL, options.rows, (decoder.stepper.pages - 1) // pages_for(span.longest))
     decoding = step_row(bench, OURS, full, span, median(step_seconds(decoder.stepper, full, span)), ceilings)
     yield decoding
@@ -116,8 +116,9 @@ def _told(asked: Sequence[Request]) -> str:
     return f"{len(asked):,} prompts of {read:,} tokens, {new:,} new ones"
 
 
-def _span(bench: Bench) -> Span:
-    context = min(256, bench.spec.max_positions // 2)
+def _span(longest: int) -> Span:
+    """What the prompts allow, and the cache has room for."""
+    context = min(256, longest // 2)
     return Span(context, min(64, context))
 
 

@@ -110,8 +110,9 @@ class LoadBench:
             yield self.cold(name, work, floor=self.on_disk / direct if direct else None)
 
     def _row(self, what: str, by: str, seconds: float, floor: float | None, *, note: str = "") -> Row:
-        copies = self.mesh.layout.dp if by == OURS else 1
-        return Row(what=what, by=by, rate=copies * self.on_disk / seconds / 1e9, unit="GB/s", seconds=seconds, floor=floor, note=note)
+        size = self.on_disk * (self.mesh.layout.dp if by == OURS else 1)
+        told = f"{size / 1e9:.2f} GB" + (f"; {note}" if note else "")
+        return Row(what=what, by=by, rate=size / seconds / 1e9, unit="GB/s", seconds=seconds, floor=floor, note=told)
 
 
 def opened(config: RunConfig, mesh: Mesh) -> Run:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -102,6 +103,13 @@ def _model(bench: Bench, name: str, folder: str | None) -> "PreTrainedModel":
         return _ready(loaded(folder, bench.mesh, name, getattr(torch, bench.spec.dtype)))
     model = random_model(bench.architecture, bench.spec, bench.mesh.device)
     return _ready(_spread(model) if name == BALANCED and bench.mesh.device.type == "cuda" else model)
+
+
+def require_transformers() -> None:
+    """Raises ConfigError where it is not installed, before anything is measured."""
+    missing = [name for name in (NAME, "accelerate") if find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"--peer needs the package(s) {', '.join(missing)}; run `pip install {' '.join(missing)}`, or leave out --peer")
 
 
 def import_transformers(architecture: Architecture, spec: ModelSpec) -> None:

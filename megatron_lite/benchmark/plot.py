@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,9 +18,11 @@ Curves = dict[tuple[str, int], Curve]
 """(whose, GPUs) -> the curve over rows."""
 
 FLOOR = "memory read once a step"
-COLORS = {OURS: "#1f5fa8", FLOOR: "0.6"}
+BEST = "others"
+COLORS = {OURS: "#1f5fa8", FLOOR: "0.6", BEST: "0.3"}
 OTHERS = ("#d1642b", "#8a6d1f", "#a03a6b", "#4c7a34", "#5b4a9c")
 MARKERS = {1: "o", 2: "s", 4: "D", 8: "^"}
+ROW_MARKERS = "osD^"
 
 
 def curves_of(reports: Sequence[Report]) -> Curves:
@@ -38,7 +41,8 @@ def curves_of(reports: Sequence[Report]) -> Curves:
 
 
 def over_gpus(curves: Curves, whose: str, rows: int) -> Curve:
-    return {gpus: curve[rows] for (by, gpus), curve in curves.items() if by == whose and rows in curve}
+    """GPUs -> tokens/s of so many rows."""
+    return dict(sorted((gpus, curve[rows]) for (by, gpus), curve in curves.items() if by == whose and rows in curve))
 
 
 def draw(reports: Sequence[Report], path: Path) -> None:
@@ -56,7 +60,7 @@ def draw(reports: Sequence[Report], path: Path) -> None:
     if has_several:
         _by_gpus(panels[1], curves, colors)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3 if has_several else 2, frameon=False, fontsize=9)
     facts = reports[-1].facts
     figure.suptitle(f"{facts.get('model', 'decoding')}, context {facts.get('context', '?')}: tokens a second", x=0.01, ha="left", fontsize=12)
     try:
@@ -70,26 +74,34 @@ def _others(curves: Curves) -> list[str]:
 
 
 def _by_rows(axes: "Axes", curves: Curves, colors: dict[str, str]) -> None:
+    ends: list[End] = []
     named: set[str] = set()
     for (by, gpus), curve in curves.items():
-        label = None if by in named else by
+        _line(axes, curve, by, colors[by], MARKERS.get(gpus, "v"), None if by in named else by)
         named.add(by)
-        _line(axes, curve, by, colors[by], MARKERS.get(gpus, "v"), label)
         if by == OURS:
-            _name_end(axes, curve, f"{gpus} GPU{'s' if gpus > 1 else ''}")
-    _dress(axes, "rows that share a step", sorted({rows for curve in curves.values() for rows in curve}))
+            ends.append(End(curve, f"{gpus} GPU{'s' if gpus > 1 else ''}", COLORS[OURS]))
+    _dress(axes, "rows that share a step (circles: 1 GPU, squares: 2, diamonds: 4)", sorted({rows for curve in curves.values() for rows in curve}))
+    _name_ends(axes, ends)
 
 
 def _by_gpus(axes: "Axes", curves: Curves, colors: dict[str, str]) -> None:
-    rows_of_ours = sorted({rows for (by, _), curve in curves.items() if by == OURS for rows in curve})
-    for by in (OURS, FLOOR, *_others(curves)):
-        for rows in rows_of_ours:
-            curve = dict(sorted(over_gpus(curves, by, rows).items()))
-            if curve:
-                _line(axes, curve, by, colors[by], "o", None)
-            if curve and by == OURS:
-                _name_end(axes, curve, f"{rows} row{'s' if rows > 1 else ''}")
-    _dress(axes, "GPUs", sorted({gpus for _, gpus in curves}))
+    """Of others only the best way at each place: it is the one to beat."""
+    ends: list[End] = []
+    shown = sorted({rows for (by, _), curve in curves.items() if by == OURS for rows in curve})
+    for place, rows in enumerate(shown):
+        name, marker = f"{rows} row{'s' if rows > 1 else ''}", ROW_MARKERS[place % len(ROW_MARKERS)]
+        for by in (OURS, FLOOR):
+            _line(axes, over_gpus(curves, by, rows), by, colors[by], marker, None)
+        _line(axes, best_of_others(curves, rows), BEST, colors[BEST], marker, None)
+        ends += [End(over_gpus(curves, OURS, rows), name, colors[OURS]), End(best_of_others(curves, rows), f"{name}, others", colors[BEST])]
+    _dress(axes, "GPUs (others: their fastest way)", sorted({gpus for _, gpus in curves}))
+    _name_ends(axes, ends)
+
+
+def best_of_others(curves: Curves, rows: int) -> Curve:
+    found = [over_gpus(curves, by, rows) for by in _others(curves) if not by.startswith(OURS)]  # our plain path is no other
+    return {gpus: max(curve[gpus] for curve in found if gpus in curve) for gpus in sorted(set().union(*found))}
 
 
 def _line(axes: "Axes", curve: Curve, by: str, color: str, marker: str, label: str | None) -> None:
@@ -97,10 +109,32 @@ def _line(axes: "Axes", curve: Curve, by: str, color: str, marker: str, label: s
     axes.plot(list(curve), list(curve.values()), color=color, linestyle=style[0], linewidth=style[1], marker=marker, markersize=style[2], label=label)
 
 
-def _name_end(axes: "Axes", curve: Curve, name: str) -> None:
-    """What the line is, and its last figure, to the right of its end."""
-    at, value = list(curve.items())[-1]
-    axes.annotate(f"{name}: {number(value)}", (at, value), xytext=(8, 0), textcoords="offset points", va="center", fontsize=9, color=COLORS[OURS])
+@dataclass(frozen=True)
+class End:
+    """The right end of a line, and what is written beside it."""
+
+    curve: Curve
+    name: str
+    color: str
+
+    @property
+    def value(self) -> float:
+        return list(self.curve.values())[-1]
+
+
+def _name_ends(axes: "Axes", ends: Sequence[End]) -> None:
+    """What the lines are, and their last figures; names that would lie on each other are moved apart."""
+    low, high = axes.get_ylim()
+    least = (high / low) ** 0.036
+    height = 0.0
+    for end in sorted((end for end in ends if end.curve), key=lambda end: end.value):
+        height = max(end.value, height * least)
+        text = f"{end.name}: {_short(end.value)}"
+        axes.annotate(text, (max(end.curve), height), xytext=(8, 0), textcoords="offset points", va="center", fontsize=9, color=end.color)
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 20 else number(value).removesuffix(".0")
 
 
 def _dress(axes: "Axes", title: str, places: Sequence[int]) -> None:
@@ -108,10 +142,10 @@ def _dress(axes: "Axes", title: str, places: Sequence[int]) -> None:
     axes.set_yscale("log")
     axes.set_xticks(places, [str(place) for place in places])
     axes.minorticks_off()
-    axes.set_xlim(places[0] / 1.15, places[-1] * (places[-1] / places[0]) ** 0.22 * 1.1)
+    axes.set_xlim(places[0] / 1.15, places[-1] * (places[-1] / places[0]) ** 0.27 * 1.1)
     axes.set_xlabel(title)
     axes.set_ylabel("tokens/s")
-    axes.yaxis.set_major_formatter(lambda value, place: number(value).removesuffix(".0"))
+    axes.yaxis.set_major_formatter(lambda value, place: _short(value))
     axes.grid(color="0.92")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -49,7 +49,7 @@ def measure_prefill(bench: Bench, options: PrefillOptions) -> Iterator[Row]:
 
 
 def _ours(bench: Bench, options: PrefillOptions, ceilings: Ceilings) -> Iterator[Row]:
-    stepper = serving(bench.stage(), bench, rows=max(options.batches), tokens=max(options.lengths)).stepper
+    stepper = serving(bench.stage(), bench, rows=max(options.batches), tokens=max(options.lengths), context=bench.spec.max_positions).stepper
     for batch, length in _sizes(options):
         yield _row(bench, OURS, batch, length, median(read_seconds(stepper, _prompts(bench, batch, length), times=options.times)), ceilings)
 

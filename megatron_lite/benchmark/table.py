@@ -51,7 +51,7 @@ class Report:
     rows: Sequence[Row]
 
     def as_text(self) -> str:
-        facts = [f"{name}: {value}" for name, value in self.facts.items()]
+        facts = [f"{name}: {value}" for name, value in self.facts.items() if name != "gpus"]
         return "\n".join([*facts, "", *_aligned([COLUMNS, *(self._cells(row) for row in self.rows)])])
 
     def _cells(self, row: Row) -> tuple[str, ...]:
