@@ -8,7 +8,7 @@ from megatron_lite.models.cache import Past
 from megatron_lite.models.neox import MLP, Embedding, FinalNorm, plan_of
 from megatron_lite.models.spec import ModelSpec
 from megatron_lite.models.weights import ByHead, Same, WeightMap
-from megatron_lite.parallel.layers import ColumnLinear, LayerNorm, PartialRowLinear, VocabularyLinear
+from megatron_lite.parallel.layers import PartialColumnLinear, PartialLayerNorm, PartialRowLinear, VocabularyLinear
 from megatron_lite.parallel.mesh import Axis
 
 # b batch, s tokens in this call, d hidden size, v rows of the vocabulary on this rank
@@ -21,7 +21,7 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = spec.head_dim
         self.rotary = Rotary(spec.rotary_dim, spec.rotary_base, spec.max_positions, "interleaved")
-        self.query_key_value = ColumnLinear(spec.hidden, 3 * spec.hidden, tp=tp, bias=False)
+        self.query_key_value = PartialColumnLinear(spec.hidden, 3 * spec.hidden, tp=tp, bias=False)
         self.dense = PartialRowLinear(spec.hidden, spec.hidden, tp=tp, bias=False)
 
     def forward(self, x: Tensor, past: Past | None) -> Tensor:
@@ -35,12 +35,12 @@ class Block(nn.Module):
     def __init__(self, spec: ModelSpec, tp: Axis) -> None:
         super().__init__()
         self.tp = tp
-        self.input_layernorm = LayerNorm(spec.hidden, eps=spec.norm_eps)
+        self.input_layernorm = PartialLayerNorm(spec.hidden, eps=spec.norm_eps, tp=tp)
         self.attention = Attention(spec, tp)
-        self.mlp = MLP(spec, tp, PartialRowLinear)
+        self.mlp = MLP(spec, tp, PartialColumnLinear, PartialRowLinear)
 
     def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
-        normed = self.input_layernorm(x)
+        normed = self.input_layernorm(self.tp.copy(x))
         return x + self.tp.sum(self.attention(normed, past) + self.mlp(normed))
 
 

@@ -10,10 +10,22 @@ from megatron_lite.models.attention import Rotary, attend
 from megatron_lite.models.cache import Past
 from megatron_lite.models.spec import ModelSpec
 from megatron_lite.models.weights import Same, WeightMap
-from megatron_lite.parallel.layers import ColumnLinear, LayerNorm, PartialRowLinear, RowLinear, VocabularyEmbedding, VocabularyLinear
+from megatron_lite.parallel.layers import (
+    ColumnLinear,
+    LayerNorm,
+    PartialColumnLinear,
+    PartialLayerNorm,
+    PartialRowLinear,
+    RowLinear,
+    VocabularyEmbedding,
+    VocabularyLinear,
+)
 from megatron_lite.parallel.mesh import Axis
 
 # b batch, s tokens in this call, d hidden size, h heads on this rank
+
+Column = type[ColumnLinear] | type[PartialColumnLinear]
+Row = type[RowLinear] | type[PartialRowLinear]
 
 
 class Embedding(nn.Module):
@@ -30,11 +42,11 @@ class Embedding(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention; rows of query_key_value are ordered [head][q|k|v][head_dim]."""
 
-    def __init__(self, spec: ModelSpec, tp: Axis, row: type[RowLinear] | type[PartialRowLinear]) -> None:
+    def __init__(self, spec: ModelSpec, tp: Axis, column: Column, row: Row) -> None:
         super().__init__()
         self.head_dim = spec.head_dim
         self.rotary = Rotary(spec.rotary_dim, spec.rotary_base, spec.max_positions)
-        self.query_key_value = ColumnLinear(spec.hidden, 3 * spec.hidden, tp=tp)
+        self.query_key_value = column(spec.hidden, 3 * spec.hidden, tp=tp)
         self.dense = row(spec.hidden, spec.hidden, tp=tp)
 
     def forward(self, x: Tensor, past: Past | None) -> Tensor:
@@ -43,10 +55,10 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, spec: ModelSpec, tp: Axis, row: type[RowLinear] | type[PartialRowLinear]) -> None:
+    def __init__(self, spec: ModelSpec, tp: Axis, column: Column, row: Row) -> None:
         super().__init__()
         self.approximate = "tanh" if spec.activation == "gelu_tanh" else "none"
-        self.dense_h_to_4h = ColumnLinear(spec.hidden, spec.ffn, tp=tp)
+        self.dense_h_to_4h = column(spec.hidden, spec.ffn, tp=tp)
         self.dense_4h_to_h = row(spec.ffn, spec.hidden, tp=tp)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -54,19 +66,20 @@ class MLP(nn.Module):
 
 
 class ParallelBlock(nn.Module):
-    """x + attention(norm(x)) + mlp(norm'(x)): one reduction for both, so their biases are terms of a sum over the ranks."""
+    """x + attention(norm(x)) + mlp(norm'(x)): one reduction for both, so their biases are terms of a sum over the ranks. One for their gradients, too."""
 
     def __init__(self, spec: ModelSpec, tp: Axis) -> None:
         super().__init__()
         self.tp = tp
-        self.input_layernorm = LayerNorm(spec.hidden, eps=spec.norm_eps)
-        self.post_attention_layernorm = LayerNorm(spec.hidden, eps=spec.norm_eps)
-        self.attention = Attention(spec, tp, PartialRowLinear)
-        self.mlp = MLP(spec, tp, PartialRowLinear)
+        self.input_layernorm = PartialLayerNorm(spec.hidden, eps=spec.norm_eps, tp=tp)
+        self.post_attention_layernorm = PartialLayerNorm(spec.hidden, eps=spec.norm_eps, tp=tp)
+        self.attention = Attention(spec, tp, PartialColumnLinear, PartialRowLinear)
+        self.mlp = MLP(spec, tp, PartialColumnLinear, PartialRowLinear)
 
     def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
-        attended = self.attention(self.input_layernorm(x), past)
-        expanded = self.mlp(self.post_attention_layernorm(x))
+        shared = self.tp.copy(x)
+        attended = self.attention(self.input_layernorm(shared), past)
+        expanded = self.mlp(self.post_attention_layernorm(shared))
         return x + self.tp.sum(attended + expanded)
 
 
@@ -77,8 +90,8 @@ class SequentialBlock(nn.Module):
         super().__init__()
         self.input_layernorm = LayerNorm(spec.hidden, eps=spec.norm_eps)
         self.post_attention_layernorm = LayerNorm(spec.hidden, eps=spec.norm_eps)
-        self.attention = Attention(spec, tp, RowLinear)
-        self.mlp = MLP(spec, tp, RowLinear)
+        self.attention = Attention(spec, tp, ColumnLinear, RowLinear)
+        self.mlp = MLP(spec, tp, ColumnLinear, RowLinear)
 
     def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
         x = x + self.attention(self.input_layernorm(x), past)

@@ -14,6 +14,8 @@ from megatron_lite.parallel.layers import (
     ColumnLinear,
     GroupedQueryLinear,
     LayerNorm,
+    PartialColumnLinear,
+    PartialLayerNorm,
     PartialRowLinear,
     RowLinear,
     StackedColumnLinear,
@@ -68,19 +70,25 @@ class Adapted(nn.Module):
         return F.linear(rows, self.weight, bias).addmm_(low, b.T).unflatten(0, x.shape[:-1])
 
 
-class AdaptedColumns(Adapted):
-    """Of every layer whose ranks compute different output columns: ColumnLinear, StackedColumnLinear, GroupedQueryLinear."""
+class AdaptedPartialColumns(Adapted):
+    """Of PartialColumnLinear, whose input has been through tp.copy."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 3:
+            return self.adapted(x, self.bias)
+        a, b = self.factors()  # an x for every saved rank, from norms that drifted apart
+        return columns(x, self.weight, self.bias) + columns(F.linear(x, a) * self.scale, b)
+
+
+class AdaptedColumns(AdaptedPartialColumns):
+    """Of every other layer whose ranks compute different output columns: ColumnLinear, StackedColumnLinear, GroupedQueryLinear."""
 
     def __init__(self, base: nn.Linear, *, rank: int, scale: float, tp: Axis) -> None:
         super().__init__(base, rank=rank, scale=scale, tp=tp)
         self.entry = tp
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.entry.copy(x)
-        if x.dim() == 3:
-            return self.adapted(x, self.bias)
-        a, b = self.factors()  # an x for every saved rank, from norms that drifted apart
-        return columns(x, self.weight, self.bias) + columns(F.linear(x, a) * self.scale, b)
+        return super().forward(self.entry.copy(x))
 
 
 class AdaptedRows(Adapted):
@@ -100,6 +108,7 @@ class AdaptedPartialRows(Adapted):
 
 ADAPTED: dict[type[nn.Module], type[Adapted]] = {
     ColumnLinear: AdaptedColumns,
+    PartialColumnLinear: AdaptedPartialColumns,
     StackedColumnLinear: AdaptedColumns,
     GroupedQueryLinear: AdaptedColumns,
     RowLinear: AdaptedRows,
@@ -119,7 +128,7 @@ def adapt(layer: nn.Module, path: str, *, rank: int, scale: float, tp: Axis) -> 
 def sum_before_norms(layers: Iterable[nn.Module], tp: Axis) -> None:
     """Where frozen norms may differ between ranks, the ranks' gradients are summed before the norms: behind them they belong to different scales."""
     modules = [module for layer in layers for module in layer.modules()]
-    norms = [module for module in modules if isinstance(module, LayerNorm)]
+    norms = [module for module in modules if isinstance(module, LayerNorm) and not isinstance(module, PartialLayerNorm)]
     for module in modules if norms else ():  # RMSNorms are the same on every rank
         if isinstance(module, AdaptedColumns):
             module.entry = Axis(tp.name)

@@ -31,6 +31,18 @@ class ColumnLinear(nn.Linear):
         return columns(self.tp.copy(x), self.weight, self.bias)
 
 
+class PartialColumnLinear(nn.Linear):
+    """A ColumnLinear whose input has been through tp.copy: layers of the same input share one reduction of its gradient."""
+
+    rules: dict[str, Rule] = {"weight": Split(0), "bias": Split(0)}
+
+    def __init__(self, inputs: int, outputs: int, *, tp: Axis, bias: bool = True) -> None:
+        super().__init__(inputs, outputs // tp.size, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return columns(x, self.weight, self.bias)
+
+
 class RowLinear(nn.Linear):
     """Ranks hold different input columns; outputs are summed, then the bias is added, the same on every rank."""
 
@@ -65,6 +77,20 @@ class LayerNorm(nn.LayerNorm):
             return super().forward(x)
         pairs = zip(*torch.broadcast_tensors(self.weight, self.bias), strict=True)
         return torch.stack([F.layer_norm(x, self.normalized_shape, weight, bias, self.eps) for weight, bias in pairs])
+
+
+class PartialLayerNorm(LayerNorm):
+    """A LayerNorm whose input has been through tp.copy: what reaches its scale are terms of a sum over the ranks, too."""
+
+    def __init__(self, hidden: int, *, eps: float, tp: Axis) -> None:
+        super().__init__(hidden, eps=eps)
+        self.tp = tp
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.tp.size == 1 or not (torch.is_grad_enabled() and self.weight.requires_grad):
+            return super().forward(x)
+        weight, bias = self.tp.copy(torch.stack([self.weight, self.bias])).unbind(0)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
 class RMSNorm(nn.Module):
