@@ -1,6 +1,7 @@
 """A block whose attention and MLP read the same input reduces activations once on the way, and their gradients once on the way back."""
 
 from functools import partial
+from typing import cast
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from megatron_lite.models.architecture import architecture_named
 from megatron_lite.models.spec import ModelSpec
 from megatron_lite.parallel.layout import Layout
 from megatron_lite.parallel.mesh import Axis, Mesh, single_mesh
-from megatron_lite.parallel.shards import take
+from megatron_lite.parallel.shards import Rule, take
 from tests.models import SMALL
 from tests.worlds import in_world
 
@@ -48,6 +49,6 @@ def fill(block: nn.Module, tp: Axis) -> None:
     generator = torch.Generator().manual_seed(1)
     for module in block.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            rule = module.rules[name]  # pyright: ignore[reportIndexIssue, reportArgumentType]
+            rule = cast(dict[str, Rule], module.rules)[name]
             whole = torch.randn(rule.whole(parameter.shape, tp.size), generator=generator) / 4
             parameter.data.copy_(take(rule, [whole], tp.index, tp.size))
