@@ -45,7 +45,7 @@ class Validator:
         loss = self.engine.validate(stream(training, batches, training.progress.samples), training.recipe.batching.accumulation)
         guessing = math.log(training.progress.words)
         logger.info(f"loss before training: {loss:.4f}")
-        if not loss < guessing:
+        if not loss < guessing and training.mesh.is_writer:  # once is enough
             logger.warning(
                 f"the loaded model does no better than guessing (loss {loss:.2f}, guessing {guessing:.2f}); is the tokenizer the model's own, and are "
                 "rotary_pct, bias_gelu_fusion and gpt_j_residual those it was trained with?"
