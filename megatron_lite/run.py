@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
+from torch import nn
 
 from megatron_lite.checkpoint.adapters import Adapters, read_adapters
 from megatron_lite.checkpoint.find import CheckpointLayout, find_checkpoint
-from megatron_lite.checkpoint.load import load_layers, open_source, spec_as_stored, vocabulary_rows
+from megatron_lite.checkpoint.load import Settle, load_layers, open_source, spec_as_stored, vocabulary_rows
 from megatron_lite.checkpoint.source import Source
 from megatron_lite.config.sections import RunConfig
 from megatron_lite.data.tokenizer import Tokenizer, load_tokenizer
@@ -22,6 +23,7 @@ from megatron_lite.models.spec import DTYPES, DType, ModelSpec, spec_of
 from megatron_lite.parallel.budget import hold_to
 from megatron_lite.parallel.layout import Layout, check_cut, stage_numbers
 from megatron_lite.parallel.mesh import Mesh, build_mesh, joined_world
+from megatron_lite.parallel.quantized import quantize
 from megatron_lite.parallel.stage import Stage
 from megatron_lite.progress import progress
 
@@ -91,14 +93,11 @@ def load_stage(run: Run) -> Stage:
     numbers = stage_numbers(spec.layers, mesh.layout.pp)[mesh.pp.index]
     plan = run.architecture.plan(spec, mesh.tp)
     dtype: torch.dtype = getattr(torch, spec.dtype)
-    expected = generation_footprint(spec, mesh.layout, mesh.pp.index, rows=0, context=0).weights
+    expected = generation_footprint(replace(spec, quantization=None), mesh.layout, mesh.pp.index, rows=0, context=0).weights
     started = time.monotonic()
     with progress("loading", expected, shown=mesh.is_writer) as advance:
         try:
-            layers = load_layers(plan, numbers, run.source, tp=mesh.tp, dtype=dtype, device=mesh.device, progress=advance)
-            if run.adapters:
-                for number, layer in layers.items():
-                    run.adapters.merge_into(layer, number, mesh.tp)
+            layers = load_layers(plan, numbers, run.source, tp=mesh.tp, dtype=dtype, device=mesh.device, progress=advance, settle=_settling(run))
         except torch.OutOfMemoryError as error:
             reason = str(error).splitlines()[0]
             raise FitError(f"the weights do not fit on {mesh.device} of rank {mesh.rank}: {reason}; spread the model over more GPUs") from None
@@ -111,3 +110,17 @@ def load_stage(run: Run) -> Stage:
     added = f" with the adapters of {run.adapters.folder}" if run.adapters else ""
     logger.info(f"loaded {run.checkpoint}{added}: {held:.2f} GB a process in {seconds:.1f} s ({speed:.2f} GB/s over all), {mesh.layout}")
     return Stage(layers, mesh, spec.hidden, dtype)
+
+
+def _settling(run: Run) -> Settle | None:
+    """What is done with a layer as soon as it is filled: adapters go into its matrices, which are rounded then. None where nothing is to be done."""
+    if not (run.adapters or run.spec.quantization):
+        return None
+
+    def settle(number: int, layer: nn.Module) -> None:
+        if run.adapters:
+            run.adapters.merge_into(layer, number, run.mesh.tp)
+        if run.spec.quantization:
+            quantize(layer, run.mesh.tp)
+
+    return settle

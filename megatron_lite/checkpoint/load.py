@@ -24,6 +24,8 @@ from megatron_lite.parallel.shards import Rule, Split, take
 
 Progress = Callable[[int], object]
 """Called with the number of bytes that have arrived."""
+Settle = Callable[[int, nn.Module], object]
+"""Called with the number of a layer that is filled, and the layer."""
 
 
 def spec_as_stored(layout: CheckpointLayout, spec: ModelSpec) -> ModelSpec:
@@ -53,9 +55,18 @@ def vocabulary_rows(source: Source) -> int:
 
 
 def load_layers(
-    plan: LayerPlan, numbers: Iterable[int], source: Source, *, tp: Axis, dtype: torch.dtype, device: torch.device, progress: Progress
+    plan: LayerPlan,
+    numbers: Iterable[int],
+    source: Source,
+    *,
+    tp: Axis,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress,
+    settle: Settle | None = None,
 ) -> dict[int, nn.Module]:
-    """The plan's layers with these numbers, filled from the source. Raises CheckpointError for a missing, surplus or misshapen tensor."""
+    """The plan's layers with these numbers, filled from the source. Raises CheckpointError for a missing, surplus or misshapen tensor. `settle` may make a
+    layer smaller before the next one takes memory."""
     layers: dict[int, nn.Module] = {}
     with Reader(device) as reader:
         for number in numbers:
@@ -68,6 +79,9 @@ def load_layers(
                 _allocate(layer, device)
                 fill(layer, number, source, tp, reader, progress)
             layers[number] = layer.eval()
+            if settle is not None:
+                reader.wait()
+                settle(number, layer)
         reader.wait()
     return layers
 

@@ -122,5 +122,5 @@ def _cache_file(run: Run, weights: str) -> Path | None:
     except OSError as error:
         raise OutputError(f"the folder for cached answers {folder} cannot be made: {error.strerror}; set eval_cache_dir to another") from None
     tokens = run.tokenizer.encode("Answers depend on how 1,234 texts are cut.\n  Übrigens\ttoo.")
-    parts = (weights, run.spec.dtype, run.spec.max_positions, run.tokenizer.vocab_size, run.tokenizer.eod, tokens)
+    parts = (weights, run.spec.dtype, run.spec.quantization, run.spec.max_positions, run.tokenizer.vocab_size, run.tokenizer.eod, tokens)
     return folder / f"answers-{hashlib.sha256(repr(parts).encode()).hexdigest()[:24]}.db"

@@ -7,6 +7,7 @@ from megatron_lite.config.sections import Family, ModelSection
 
 Activation = Literal["gelu", "gelu_tanh", "silu"]
 DType = Literal["float16", "bfloat16", "float32"]
+Quantization = Literal["int8"]
 
 DTYPES: dict[str, DType] = {"fp16": "float16", "bfloat16": "bfloat16", "fp32": "float32"}
 """NeoX's words for number formats -> torch's."""
@@ -16,7 +17,7 @@ BYTES: dict[DType, int] = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """Shape and arithmetic of one model. `vocab` counts the rows of the embedding, padding included."""
+    """Shape and arithmetic of one model. `vocab` counts the rows of the embedding, padding included; `quantization` is how the matrices of blocks are held."""
 
     layers: int
     hidden: int
@@ -34,6 +35,7 @@ class ModelSpec:
     tied_head: bool
     dtype: DType
     family: Family = "neox"
+    quantization: Quantization | None = None
 
     @property
     def head_number(self) -> int:
@@ -65,4 +67,5 @@ def spec_of(model: ModelSection, *, vocab: int, dtype: DType) -> ModelSpec:
         tied_head=not model.no_weight_tying,
         dtype=dtype,
         family=model.family,
+        quantization=model.weight_quantization,
     )

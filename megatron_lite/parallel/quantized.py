@@ -1,0 +1,95 @@
+"""Linear layers whose weights are held as 8-bit integers: symmetric, with one scale for every output row, whose largest number becomes 127.
+
+A second implementation of the linear layers in layers.py, put in their place when a layer has been filled. For inference only.
+"""
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_lite.parallel.layers import (
+    ColumnLinear,
+    GroupedQueryLinear,
+    PartialColumnLinear,
+    PartialRowLinear,
+    RowLinear,
+    StackedColumnLinear,
+    columns,
+)
+from megatron_lite.parallel.mesh import Axis
+from megatron_lite.parallel.shards import Rule, Split
+
+# b batch, s tokens in this call, d input size, n outputs on this rank
+
+LARGEST = 127
+ROWS = 1024
+"""Rows that are rounded at once: what is computed in fp32 on the way stays small."""
+
+
+class Quantized(nn.Module):
+    """weight [n d] in int8 and scale [n] in fp32, whose product is the weight of the layer that this one replaces. [b s d] -> [b s n]."""
+
+    def __init__(self, base: nn.Linear, *, tp: Axis) -> None:
+        super().__init__()
+        cut = cast(dict[str, Rule], base.rules)["weight"] == Split(1)
+        scale = row_scale(base.weight, tp if cut else Axis(tp.name))
+        self.weight = nn.Parameter(rounded(base.weight, scale), requires_grad=False)
+        self.scale = nn.Parameter(scale, requires_grad=False)
+        self.bias, self.tp = base.bias, tp
+
+    def forward(self, x: Tensor) -> Tensor:
+        return columns(x, dequantized(self.weight, self.scale, x.dtype), self.bias)
+
+
+class QuantizedRows(Quantized):
+    """Of RowLinear: outputs are summed, then the bias is added."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        summed = self.tp.sum(F.linear(x, dequantized(self.weight, self.scale, x.dtype)))
+        return summed if self.bias is None else summed + self.bias
+
+
+QUANTIZED: dict[type[nn.Module], type[Quantized]] = {
+    ColumnLinear: Quantized,
+    PartialColumnLinear: Quantized,
+    StackedColumnLinear: Quantized,
+    GroupedQueryLinear: Quantized,
+    PartialRowLinear: Quantized,
+    RowLinear: QuantizedRows,
+}
+
+
+@torch.no_grad()
+def quantize(layer: nn.Module, tp: Axis) -> None:
+    """Rounds the matrices of a filled layer; every rank of the cut must call it for the same layer. Embedding, norms and head stay as they are."""
+    for path, module in list(layer.named_modules()):
+        if type(module) in QUANTIZED:
+            parent, _, name = path.rpartition(".")
+            setattr(layer.get_submodule(parent), name, QUANTIZED[type(module)](cast(nn.Linear, module), tp=tp))
+
+
+def row_scale(weight: Tensor, tp: Axis) -> Tensor:
+    """The scales [n] of whole rows, of which each rank of `tp` holds some columns: so the numbers do not depend on the cut."""
+    low, high = weight.aminmax(dim=1)
+    return tp.maximum(torch.maximum(-low, high).float()) / LARGEST
+
+
+def rounded(weight: Tensor, scale: Tensor) -> Tensor:
+    """int8 [n d] to the nearest number; a row of zeros has scale 0."""
+    found = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    step = scale.where(scale > 0, 1.0).unsqueeze(1)
+    for target, rows, steps in zip(found.split(ROWS), weight.split(ROWS), step.split(ROWS), strict=True):
+        target.copy_((rows.float() / steps).round_())
+    return found
+
+
+def dequantized(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The matrix in this number format; one without scales as it is. The product is taken in fp32 and rounded once."""
+    return weight if scale is None else weight.to(dtype).mul_(scale.unsqueeze(1))
+
+
+def scale_of(module: nn.Module) -> Tensor | None:
+    """The scales of a linear layer, if it is quantized."""
+    return module.scale if isinstance(module, Quantized) else None
