@@ -1,6 +1,6 @@
 """How many bytes a model needs on each GPU, by part, before anything is allocated. Pure Python."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_lite.models.spec import BYTES, ModelSpec
 from megatron_lite.parallel.layout import Layout, stage_numbers
@@ -51,12 +51,26 @@ def layer_parameters(spec: ModelSpec, number: int, tp: int) -> int:
         return d if spec.family == "llama" else 2 * d
     if number == spec.head_number:
         return vocab * (d + 1) if spec.family == "gptj" else vocab * d
-    queries, keys, matrices = d * d // tp, max(kv // tp, spec.head_dim) * d, d * d // tp
+    matrices = sum(outputs * inputs for outputs, inputs in block_matrices(spec, tp))
     if spec.family == "llama":
-        return queries + 2 * keys + matrices + 3 * d * f // tp + 2 * d  # a gate, no biases, two scales
+        return matrices + 2 * d  # no biases, two scales
     biases = f // tp + (d if spec.family == "gptj" else (d + 2 * kv) // tp + 2 * d)  # row biases are whole on every rank
-    norms = 2 * d if spec.family == "gptj" else 4 * d
-    return queries + 2 * keys + matrices + 2 * d * f // tp + biases + norms
+    return matrices + biases + (2 * d if spec.family == "gptj" else 4 * d)
+
+
+def block_matrices(spec: ModelSpec, tp: int) -> list[tuple[int, int]]:
+    """Outputs and inputs of the matrices of a block on one of tp ranks. A gated MLP has two of them, one above the other."""
+    d, f, keys = spec.hidden, spec.ffn, max(spec.kv_heads // tp, 1) * spec.head_dim
+    return [(d // tp + 2 * keys, d), (d, d // tp), ((2 * f if spec.family == "llama" else f) // tp, d), (d, f // tp)]
+
+
+def layer_bytes(spec: ModelSpec, number: int, tp: int) -> int:
+    """Bytes of the same: matrices of blocks may be held in 8 bits, with a scale in fp32 for every row."""
+    size = BYTES[spec.dtype]
+    whole = layer_parameters(spec, number, tp) * size
+    if spec.quantization is None or number in (0, spec.norm_number, spec.head_number):
+        return whole
+    return whole - sum(outputs * (inputs * (size - 1) - 4) for outputs, inputs in block_matrices(spec, tp))
 
 
 def parameters(spec: ModelSpec) -> int:
@@ -71,6 +85,12 @@ def stage_parameters(spec: ModelSpec, layout: Layout, stage: int) -> int:
     return held - (layer_parameters(spec, spec.head_number, layout.tp) if spec.tied_head and layout.pp == 1 else 0)
 
 
+def stage_bytes(spec: ModelSpec, layout: Layout, stage: int) -> int:
+    """Bytes of these."""
+    held = sum(layer_bytes(spec, n, layout.tp) for n in stage_numbers(spec.layers, layout.pp)[stage])
+    return held - (layer_bytes(spec, spec.head_number, layout.tp) if spec.tied_head and layout.pp == 1 else 0)
+
+
 def stage_blocks(spec: ModelSpec, layout: Layout, stage: int) -> int:
     return sum(2 <= n < spec.norm_number for n in stage_numbers(spec.layers, layout.pp)[stage])
 
@@ -83,4 +103,17 @@ def generation_footprint(spec: ModelSpec, layout: Layout, stage: int, *, rows: i
     cache = stage_blocks(spec, layout, stage) * 2 * kv_heads * spec.head_dim * context * rows * size
     widest = 3 * spec.hidden + (3 * spec.hidden + 2 * spec.ffn) // layout.tp
     logits = rows * -(-spec.vocab // layout.tp) * (size + 4 * (1 + layout.tp)) if spec.head_number in numbers else 0
-    return Footprint(weights=stage_parameters(spec, layout, stage) * size, cache=cache, activations=rows * context * widest * size + logits)
+    activations = rows * context * widest * size + logits
+    return Footprint(
+        weights=stage_bytes(spec, layout, stage), cache=cache, activations=activations, buffers=_unpacked(spec, layout.tp, beside=cache + activations)
+    )
+
+
+def _unpacked(spec: ModelSpec, tp: int, *, beside: int) -> int:
+    """What 8-bit weights take for a moment: a matrix in the format of the states, where long prompts are read; a whole block while loading, when there is
+    nothing else beside it yet."""
+    if spec.quantization is None:
+        return 0
+    size = BYTES[spec.dtype]
+    largest = size * max(outputs * inputs for outputs, inputs in block_matrices(spec, tp))
+    return max(largest, layer_bytes(replace(spec, quantization=None), 2, tp) - beside)
