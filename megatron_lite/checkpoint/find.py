@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from megatron_lite.checkpoint.unfinished import refuse_unfinished
 from megatron_lite.errors import CheckpointError
 
 Format = Literal["neox", "sequential", "huggingface", "mesh-transformer"]
@@ -53,6 +54,7 @@ def find_checkpoint(folder: Path, *, iteration: int | None = None) -> Checkpoint
     """
     if not folder.is_dir():
         raise CheckpointError(f"there is no checkpoint folder {folder}; set load to the folder that holds `latest`, or download the weights first")
+    refuse_unfinished(folder)
     names = _names(folder)
     if iteration is None and "config.json" in names and not names.isdisjoint(HUGGINGFACE_FILES):
         return CheckpointLayout("huggingface", folder, "", 1, ())
