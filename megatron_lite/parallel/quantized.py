@@ -85,11 +85,11 @@ def rounded(weight: Tensor, scale: Tensor) -> Tensor:
     return found
 
 
-def dequantized(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The matrix in this number format; one without scales as it is. The product is taken in fp32 and rounded once."""
-    return weight if scale is None else weight.to(dtype).mul_(scale.unsqueeze(1))
+def dequantized(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The matrix in this number format. Products are taken in fp32 and rounded once."""
+    return weight.to(dtype).mul_(scale.unsqueeze(1))
 
 
-def scale_of(module: nn.Module) -> Tensor | None:
-    """The scales of a linear layer, if it is quantized."""
-    return module.scale if isinstance(module, Quantized) else None
+def scales_of(one: nn.Module, other: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """The scales of two linear layers, if they are quantized."""
+    return (one.scale, other.scale) if isinstance(one, Quantized) and isinstance(other, Quantized) else None

@@ -1,4 +1,7 @@
-"""Matrix products of few rows in Triton: each weight is read once, at the speed of memory, and what surrounds the product costs no launch of its own."""
+"""Matrix products of few rows in Triton: each weight is read once, at the speed of memory, and what surrounds the product costs no launch of its own.
+
+Weights of 8 bits are turned into the states' format as they arrive; the scales of their rows are multiplied in behind the product.
+"""
 
 from dataclasses import dataclass
 
@@ -11,7 +14,10 @@ from megatron_lite.inference.kernels.launch import LINE, begin, fetch, options, 
 
 # m rows, k inputs, n outputs on this rank, c copies of norms
 
+Pair = tuple[Tensor, Tensor]
+
 MOST_ROWS = 64
+"""More rows are faster with the library's products."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +34,11 @@ class Tiles:
 
 def tiles_for(rows: int, weight: Tensor) -> Tiles:
     """What was fastest on an H200 for matrices of 20B, whole and cut in four."""
+    if weight.dtype == torch.int8:  # as many bytes are on their way
+        return Tiles(64, 256, early=1024) if rows <= 16 else Tiles(128, 128, warps=8, early=1024)
     if weight.dtype == torch.float32:
         return Tiles(32, 32, stages=2)
-    return Tiles(64, 128) if rows <= 16 else Tiles(128, 128, warps=8) if rows <= 64 else Tiles(128, 64, warps=8)
+    return Tiles(64, 128) if rows <= 16 else Tiles(128, 128, warps=8)
 
 
 @dataclass(frozen=True)
@@ -43,32 +51,33 @@ class Projection:
 
 
 def project(
-    x: Tensor, weights: tuple[Tensor, Tensor], biases: tuple[Tensor | None, Tensor | None], outs: tuple[Tensor, Tensor], plan: Projection, *, tiles: Tiles | None = None
+    x: Tensor, weights: Pair, biases: tuple[Tensor | None, Tensor | None], outs: Pair, plan: Projection, *, scales: Pair | None = None, tiles: Tiles | None = None
 ) -> None:  # fmt: skip
-    """Two products of normed states x [c m k] in one launch; behind the second follows the activation. outs are [m n] each."""
+    """Two products of normed states x [c m k] in one launch; behind the second follows the activation. outs are [m n] each. `scales` belong to the rows of
+    weights in int8."""
     rows, width = x.shape[1:]
     first, second = weights
     tiles = tiles or tiles_for(rows, first)
     blocks = triton.cdiv(len(first), tiles.outputs) + triton.cdiv(len(second), tiles.outputs)
     _project[(blocks,)](
-        x, first, first if biases[0] is None else biases[0], outs[0], second, second if biases[1] is None else biases[1], outs[1],
+        x, first, first if biases[0] is None else biases[0], outs[0], second, second if biases[1] is None else biases[1], outs[1], *(scales or weights),
         rows, len(first), len(second), len(first) // plan.copies[0], len(second) // plan.copies[1], plan.second,
-        WIDTH=width, BIASED=biases[0] is not None, BIASED_TOO=biases[1] is not None, ACTIVATION=plan.activation,
+        WIDTH=width, BIASED=biases[0] is not None, BIASED_TOO=biases[1] is not None, SCALED=scales is not None, ACTIVATION=plan.activation,
         EVEN=not (width % tiles.inputs or len(first) % tiles.outputs or len(second) % tiles.outputs),
         ROWS=_padded(rows), OUTPUTS=tiles.outputs, INPUTS=tiles.inputs, EARLY=min(tiles.early, width), PER_LINE=LINE // first.element_size(),
         num_warps=tiles.warps, num_stages=tiles.stages, **options(),
     )  # fmt: skip
 
 
-def combine(inputs: tuple[Tensor, Tensor], weights: tuple[Tensor, Tensor], out: Tensor, *, tiles: Tiles | None = None) -> None:
-    """Terms [splits m n] in fp32 whose sum is inputs[0] @ weights[0].T + inputs[1] @ weights[1].T."""
+def combine(inputs: Pair, weights: Pair, out: Tensor, *, scales: Pair | None = None, tiles: Tiles | None = None) -> None:
+    """Terms [splits m n] in fp32 whose sum is inputs[0] @ weights[0].T + inputs[1] @ weights[1].T. `scales` belong to the rows of weights in int8."""
     rows, (outputs, _) = len(inputs[0]), weights[0].shape
     tiles = tiles or tiles_for(rows, weights[0])
     widths = weights[0].shape[1], weights[1].shape[1]
     first = max(1, round(len(out) * widths[0] / sum(widths)))
     _combine[(triton.cdiv(outputs, tiles.outputs), len(out))](
-        inputs[0], weights[0], inputs[1], weights[1], out, rows, outputs, first, len(out) - first,
-        FIRST_WIDTH=widths[0], SECOND_WIDTH=widths[1], EVEN=not (widths[0] % tiles.inputs or widths[1] % tiles.inputs or outputs % tiles.outputs),
+        inputs[0], weights[0], inputs[1], weights[1], *(scales or weights), out, rows, outputs, first, len(out) - first,
+        SCALED=scales is not None, FIRST_WIDTH=widths[0], SECOND_WIDTH=widths[1], EVEN=not (widths[0] % tiles.inputs or widths[1] % tiles.inputs or outputs % tiles.outputs),
         ROWS=_padded(rows), OUTPUTS=tiles.outputs, INPUTS=tiles.inputs, EARLY=min(tiles.early, *widths), PER_LINE=LINE // out.element_size(),
         num_warps=tiles.warps, num_stages=tiles.stages, **options(),
     )  # fmt: skip
@@ -102,15 +111,15 @@ def _product(
             inside = at_input + inputs < stop
             w = tl.load(weights + at_input, (output < outputs)[:, None] & inside[None, :], 0.0, eviction_policy="evict_first")
             s = tl.load(states + at_input, (row < rows)[None, :] & inside[:, None], 0.0)
-        total = tl.dot(w, s, total, input_precision="ieee")
+        total = tl.dot(w.to(s.dtype), s, total, input_precision="ieee")
     return total
 
 
 @triton.jit
 def _project(
-    x, first, first_bias, first_out, second, second_bias, second_out,
+    x, first, first_bias, first_out, second, second_bias, second_out, first_scale, second_scale,
     rows, first_outputs, second_outputs, first_per_copy, second_per_copy, second_copy,
-    WIDTH: tl.constexpr, BIASED: tl.constexpr, BIASED_TOO: tl.constexpr, ACTIVATION: tl.constexpr,
+    WIDTH: tl.constexpr, BIASED: tl.constexpr, BIASED_TOO: tl.constexpr, SCALED: tl.constexpr, ACTIVATION: tl.constexpr,
     EVEN: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
     EARLY: tl.constexpr, PER_LINE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -119,13 +128,15 @@ def _project(
     before = tl.cdiv(first_outputs, OUTPUTS) * OUTPUTS
     is_first = at < before
     if is_first:
-        weight, bias, out, outputs, copy = first, first_bias, first_out, first_outputs, at // first_per_copy
+        weight, bias, scale, out, outputs, copy = first, first_bias, first_scale, first_out, first_outputs, at // first_per_copy
     else:
         at -= before
-        weight, bias, out, outputs, copy = second, second_bias, second_out, second_outputs, second_copy + at // second_per_copy
+        weight, bias, scale, out, outputs, copy = second, second_bias, second_scale, second_out, second_outputs, second_copy + at // second_per_copy
     at = tl.multiple_of(at, OUTPUTS)
     total = _product(x + copy * rows * WIDTH, weight, rows, outputs, at, 0, WIDTH, WIDTH, EVEN, ROWS, OUTPUTS, INPUTS, EARLY, PER_LINE, OVERLAP)
     row, output = tl.arange(0, ROWS), at + tl.arange(0, OUTPUTS)
+    if SCALED:
+        total *= tl.load(scale + output, output < outputs, 0.0)[:, None]
     if (BIASED and is_first) or (BIASED_TOO and not is_first):
         total += tl.load(bias + output, output < outputs, 0.0).to(tl.float32)[:, None]
     if not is_first:
@@ -145,21 +156,23 @@ def _activated(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _combine(
-    one, first, other, second, out, rows, outputs, first_splits, second_splits,
-    FIRST_WIDTH: tl.constexpr, SECOND_WIDTH: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
-    EARLY: tl.constexpr, PER_LINE: tl.constexpr, OVERLAP: tl.constexpr,
+    one, first, other, second, first_scale, second_scale, out, rows, outputs, first_splits, second_splits,
+    SCALED: tl.constexpr, FIRST_WIDTH: tl.constexpr, SECOND_WIDTH: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr,
+    INPUTS: tl.constexpr, EARLY: tl.constexpr, PER_LINE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     begin(OVERLAP)
     at, split = tl.program_id(0) * OUTPUTS, tl.program_id(1)
     if split < first_splits:
-        x, weight, width, splits, part = one, first, FIRST_WIDTH, first_splits, split
+        x, weight, scale, width, splits, part = one, first, first_scale, FIRST_WIDTH, first_splits, split
     else:
-        x, weight, width, splits, part = other, second, SECOND_WIDTH, second_splits, split - first_splits
+        x, weight, scale, width, splits, part = other, second, second_scale, SECOND_WIDTH, second_splits, split - first_splits
     length = tl.cdiv(tl.cdiv(width, splits), INPUTS) * INPUTS
     start = part * length
     stride = tl.multiple_of(width, 16) if FIRST_WIDTH % 16 == 0 and SECOND_WIDTH % 16 == 0 else width
     stop = tl.minimum(start + length, width)
     total = _product(x, weight, rows, outputs, at, start, stop, stride, EVEN, ROWS, OUTPUTS, INPUTS, EARLY, PER_LINE, OVERLAP)
     row, output = tl.arange(0, ROWS), at + tl.arange(0, OUTPUTS)
+    if SCALED:
+        total *= tl.load(scale + output, output < outputs, 0.0)[:, None]
     places = out + (split * rows + row[None, :]) * outputs + output[:, None]
     tl.store(places, total, (output < outputs)[:, None] & (row < rows)[None, :])

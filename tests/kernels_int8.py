@@ -1,0 +1,98 @@
+"""Run by tests/test_quantized_kernels.py in a process of its own: Triton's kernels with weights of 8 bits, in its interpreter, against plain arithmetic;
+and the blocks that use them."""
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from triton.runtime import interpreter
+
+from megatron_lite.inference.fused import FusedBlock
+from megatron_lite.inference.kernels.linear import Projection, Tiles, combine, project
+from megatron_lite.models.neox import ParallelBlock
+from megatron_lite.parallel.mesh import Axis
+from megatron_lite.parallel.quantized import dequantized, quantize, rounded, row_scale
+from tests.models import SMALL
+
+TILES = Tiles(32, 64)
+near = torch.testing.assert_close
+
+
+def let_bounds_be_computed() -> None:
+    """The interpreter of some versions cannot loop to a bound that a kernel computed: numpy no longer takes an array of one number for a number."""
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:  # Any: the interpreter has no types
+        patch(tensor, scope)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patched
+
+
+def in_eight_bits(outputs: int, inputs: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A random matrix: its whole numbers, its scales, and what they stand for."""
+    matrix = torch.randn(outputs, inputs) * torch.logspace(-2, 1, outputs).unsqueeze(1)  # rows of very different sizes
+    scale = row_scale(matrix, Axis("tp"))
+    whole = rounded(matrix, scale)
+    return whole, scale, dequantized(whole, scale, torch.float32)
+
+
+def projections() -> None:
+    """Two products in one launch: the scale comes before the bias, and before GELU. Tiles end where the matrices do, or beyond."""
+    for rows, dtype, outputs in ((1, torch.float32, 128), (5, torch.float16, 128), (17, torch.float32, 120)):
+        x, bias, other = (torch.randn(*shape).to(dtype) for shape in ((3, rows, 96), (outputs,), (160,)))
+        (one, first, whole), (two, second, whole_two) = in_eight_bits(outputs, 96), in_eight_bits(160, 96)
+        heads, inner = torch.empty(rows, outputs, dtype=dtype), torch.empty(rows, 160, dtype=dtype)
+        project(x, (one, two), (bias, other), (heads, inner), Projection((1, 1), 2, "gelu_tanh"), scales=(first, second), tiles=TILES)
+        states, shift, shift_two = (each.float() for each in (x, bias, other))
+        atol, rtol = (1e-3, 1e-5) if dtype == torch.float32 else (1e-2, 1e-3)
+        near(heads.float(), F.linear(states[0], whole, shift), atol=atol, rtol=rtol)
+        near(inner.float(), F.gelu(F.linear(states[2], whole_two, shift_two), approximate="tanh"), atol=atol, rtol=rtol)
+
+
+def combinations() -> None:
+    """Every term of the sum of two products has the scale of its matrix."""
+    for dtype in (torch.float32, torch.float16):
+        states = torch.randn(5, 96).to(dtype), torch.randn(5, 384).to(dtype)
+        (one, first, whole), (two, second, whole_two) = in_eight_bits(72, 96), in_eight_bits(72, 384)
+        terms = torch.full((5, 5, 72), torch.nan)
+        combine(states, (one, two), terms, scales=(first, second), tiles=TILES)
+        near(terms.sum(0), states[0].float() @ whole.T + states[1].float() @ whole_two.T, atol=1e-3, rtol=1e-4)
+
+
+def large_sums() -> None:
+    """A product of whole numbers beyond the range of fp16 is scaled before it is stored."""
+    x, weight, scale = torch.full((1, 1, 96), 60.0, dtype=torch.float16), torch.full((32, 96), 127, dtype=torch.int8), torch.full((32,), 1e-4)
+    outs = torch.empty(1, 32, dtype=torch.float16), torch.empty(1, 32, dtype=torch.float16)
+    project(x, (weight, weight), (None, None), outs, Projection(), scales=(scale, scale), tiles=TILES)
+    near(outs[0].float(), torch.full((1, 32), 60 * 127 * 96 * 1e-4), atol=0.1, rtol=0)
+
+
+def blocks() -> None:
+    """A fused block holds the very numbers of the plain one, and its products by the library are the plain one's."""
+    block = ParallelBlock(SMALL, Axis("tp")).requires_grad_(False)
+    quantize(block, Axis("tp"))
+    fused = FusedBlock.of(block)
+    assert fused is not None
+    assert fused.first_scales is not None
+    assert fused.second_scales is not None
+    assert fused.first[0].data_ptr() == block.attention.query_key_value.weight.data_ptr()
+    assert {weight.dtype for weight in (*fused.first, *fused.second)} == {torch.int8}
+    x, mixed = torch.randn(1, 9, SMALL.hidden), torch.randn(9, SMALL.hidden)
+    heads, inner = fused.projected(torch.cat([block.input_layernorm(x), block.post_attention_layernorm(x)]))
+    near(heads, block.attention.query_key_value(block.input_layernorm(x))[0])
+    near(inner, F.gelu(block.mlp.dense_h_to_4h(block.post_attention_layernorm(x))[0], approximate="tanh"))
+    near(fused.combined(mixed, inner, fused.small_bias), (block.attention.dense(mixed[None]) + block.mlp.dense_4h_to_h(inner[None]))[0])
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    let_bounds_be_computed()
+    for claim in (projections, combinations, large_sums, blocks):
+        claim()
+        print(claim.__name__)
