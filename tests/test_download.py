@@ -1,76 +1,22 @@
 """Files from the web: whole or not at all, resumed where the line broke, and only the right ones. The web is a server on this machine."""
 
-import hashlib
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from megatron_lite.data import transfer
 from megatron_lite.data.download import RemoteFile, fetch, fetch_all, safe_path
 from megatron_lite.data.task_data import PIQA, TASK_DATA
 from megatron_lite.errors import DataError, OutputError
+from tests.web import CONTENT, Web, serving
 from tools.download import main
-
-CONTENT = bytes(range(256)) * 400  # 102,400 bytes
-
-
-@dataclass
-class Web:
-    """What the server offers, and how it misbehaves. `asked` are the path and Range of every request."""
-
-    files: dict[str, bytes] = field(default_factory=dict)
-    address: str = ""
-    knows_ranges: bool = True
-    breaks_after: list[int] = field(default_factory=list)  # bytes until the line breaks, one request each
-    failures: list[int] = field(default_factory=list)  # HTTP codes, one request each
-    asked: list[tuple[str, str | None]] = field(default_factory=list)
-
-    def offer(self, name: str, content: bytes = CONTENT, **changes: object) -> RemoteFile:
-        self.files[f"/{name}"] = content
-        file = RemoteFile(name, (f"{self.address}/{name}",), hashlib.sha256(content).hexdigest(), len(content))
-        return replace(file, **changes)
-
-
-def handler_of(web: Web) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            asked = self.headers.get("Range")
-            web.asked.append((self.path, asked))
-            if web.failures or self.path not in web.files:
-                self.send_error(web.failures.pop(0) if web.failures else 404)
-                return
-            content = web.files[self.path]
-            start = int(asked.removeprefix("bytes=").rstrip("-")) if asked and web.knows_ranges else 0
-            if start >= len(content):
-                self.send_error(416)
-                return
-            self.send_response(206 if start else 200)
-            if start:
-                self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-            self.send_header("Content-Length", str(len(content) - start))
-            self.end_headers()
-            self.wfile.write(content[start:][: web.breaks_after.pop(0)] if web.breaks_after else content[start:])
-            self.close_connection = True
-
-        def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-            pass
-
-    return Handler
 
 
 @pytest.fixture
 def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
-    monkeypatch.setattr(transfer, "PAUSE", 0.01)
-    offered = Web()
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler_of(offered)) as server:
-        offered.address = f"http://127.0.0.1:{server.server_port}"
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    with serving(monkeypatch) as offered:
         yield offered
-        server.shutdown()
 
 
 def test_a_file_arrives_whole_under_its_name_with_its_folders_and_nothing_else_is_left(web: Web, tmp_path: Path) -> None:
@@ -177,7 +123,7 @@ def test_only_https_is_trusted_beyond_this_machine(tmp_path: Path) -> None:
         fetch(RemoteFile("b.bin", ("http://example.com/b.bin",), "0" * 64), tmp_path)
 
 
-@pytest.mark.parametrize("name", ["../b.bin", "/etc/b.bin", "a/../../b.bin", "a\\b.bin", ""])
+@pytest.mark.parametrize("name", ["../b.bin", "/etc/b.bin", "a/../../b.bin", "a\\b.bin", "", ".", "b\n.bin", "b\x1b[2J.bin"])
 def test_a_name_that_leads_out_of_the_folder_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"leads out of .*; nothing was fetched"):
         safe_path(tmp_path, name)
@@ -200,6 +146,22 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(web: Web, tmp_path: Pat
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match=r"file/b.bin cannot be written: File exists; choose another folder"):
         fetch(web.offer("b.bin"), tmp_path / "file")
+
+
+def test_many_files_come_at_once_and_the_deciding_one_last(web: Web, tmp_path: Path) -> None:
+    files = [web.offer(f"{number}.bin", CONTENT[: 1000 * number]) for number in range(1, 9)] + [web.offer("latest", b"step")]
+    counts: list[int] = []
+    paths = fetch_all(files, tmp_path, counts.append, parallel=4)
+    assert [path.stat().st_size for path in paths] == [1000 * number for number in range(1, 9)] + [4]
+    assert sum(counts) == 36_004
+    assert web.asked[-1] == ("/latest", None)
+
+
+def test_the_deciding_file_does_not_come_where_another_is_missing(web: Web, tmp_path: Path) -> None:
+    files = [web.offer("a.bin"), RemoteFile("gone.bin", (f"{web.address}/gone.bin",)), web.offer("latest", b"step")]
+    with pytest.raises(DataError, match=r"gone\.bin cannot be fetched \(http.*: HTTP 404"):
+        fetch_all(files, tmp_path, parallel=2)
+    assert not (tmp_path / "latest").exists()
 
 
 def test_the_tool_fetches_the_data_of_tasks(web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

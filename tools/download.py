@@ -10,16 +10,17 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from shutil import disk_usage
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # last, because a top-level evaluate.py must not shadow the `evaluate` package
 
 from megatron_lite.checkpoint.find import find_checkpoint
 from megatron_lite.checkpoint.unfinished import unfinished
 from megatron_lite.data.archive import unpack, zstandard_package
-from megatron_lite.data.download import RemoteFile, fetch_all, free_bytes, part_of, size_on_disk
+from megatron_lite.data.download import RemoteFile, existing, fetch_all, part_of, size_on_disk
 from megatron_lite.data.releases import NAMES, release_named
 from megatron_lite.data.task_data import FOLDER, OTHER_NAMES, TASK_DATA
-from megatron_lite.errors import UserError
+from megatron_lite.errors import DataError, UserError
 from megatron_lite.log import set_up_logging
 from megatron_lite.progress import Advance, progress
 
@@ -54,16 +55,21 @@ def fetch_checkpoint(words: Sequence[str]) -> int:
     options = parse(words)
     release = release_named(options.what, base_url=options.base_url, revision=options.revision)
     folder: Path = options.folder or release.folder
-    release = release.with_sizes(folder)
+    try:
+        release = release.with_sizes(folder)
+    except DataError as error:
+        if not options.list:
+            raise
+        print(f"sizes are not known: {error}", file=sys.stderr)
     missing = release.missing(folder)
     left = sum(max(0, file.about - size_on_disk(part_of(folder / file.name))) for file in missing)
     there = sum(file.about for file in release.all_files) - left
     if options.list:
         print("\n".join(f"{described(file):>22}  {file.name}" for file in release.all_files))
-    place, free = free_bytes(folder)
+    place = existing(folder)
     print(f"{release.name}: {len(release.all_files)} files, {(there + left) / 1e9:.2f} GB, from {release.source}")
-    print(f"{folder}: {left / 1e9:.2f} GB to fetch; {place.resolve()} has {free / 1e9:.2f} GB free")
-    release.check_space(folder)
+    print(f"{folder}: {left / 1e9:.2f} GB to fetch; {place.resolve()} has {disk_usage(place).free / 1e9:.2f} GB free")
+    release.check_place(folder)
     if options.list or options.dry_run:
         return 0
     to_unpack = release.archive if release.archive and release.archive.file in missing else None

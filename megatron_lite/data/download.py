@@ -17,6 +17,8 @@ from megatron_lite.log import logger
 Progress = Callable[[int], object]
 """Told how many more bytes are there; fewer than none when a start was in vain."""
 
+ANOTHER = "{} is there, but is another file ({}); move it away to fetch the right one"
+
 
 @dataclass(frozen=True)
 class RemoteFile:
@@ -62,14 +64,16 @@ def fetch(file: RemoteFile, folder: Path, progress: Progress = lambda count: Non
     path = safe_path(folder, file.name)
     if path.exists():
         if difference := _difference(path, file):
-            raise DataError(f"{path} is there, but is another file ({difference}); move it away to fetch the right one")
+            raise DataError(ANOTHER.format(path, difference))
         progress(path.stat().st_size)
         return path
     part = part_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _fill(part, file, progress)
-        _check(part, file)
+        if difference := _difference(part, file):
+            part.unlink()
+            raise DataError(f"what arrived as {file.name} is another file ({difference}); it was deleted, try again")
         part.replace(path)
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror or error}; choose another folder or free some space") from None
@@ -92,11 +96,17 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
+def size_difference(path: Path, file: RemoteFile) -> str:
+    """How many bytes the file that lies there has, and the one that was meant, where they differ."""
+    size = path.stat().st_size
+    differs = (file.size is not None and size != file.size) or size < file.least
+    return f"{size:,} bytes, expected {'' if file.size is not None else 'at least '}{file.about:,}" if differs else ""
+
+
 def _difference(path: Path, file: RemoteFile) -> str:
     """How the file that lies there differs from the one that was meant; nothing if it does not."""
-    size = path.stat().st_size
-    if (file.size is not None and size != file.size) or size < file.least:
-        return f"{size:,} bytes, expected {'' if file.size else 'at least '}{file.about:,}"
+    if difference := size_difference(path, file):
+        return difference
     if file.sha256 and (found := sha256_of(path)) != file.sha256:
         return f"sha256 {found[:12]}…, expected {file.sha256[:12]}…"
     return ""
@@ -164,24 +174,18 @@ def _drop(part: Path, progress: Progress) -> None:
     part.unlink()
 
 
-def _check(part: Path, file: RemoteFile) -> None:
-    if difference := _difference(part, file):
-        part.unlink()
-        raise DataError(f"what arrived as {file.name} is another file ({difference}); it was deleted, try again")
-
-
 def check_space(folder: Path, missing: Sequence[RemoteFile]) -> None:
-    """Raises OutputError where the missing files are larger than the place that is free for them."""
+    """Raises OutputError where the missing files are larger than the room that is free for them."""
     needed = sum(file.about - size_on_disk(part_of(folder / file.name)) for file in missing)
-    place, free = free_bytes(folder)
+    place = existing(folder)
+    free = shutil.disk_usage(place).free
     if needed > free:
         raise OutputError(f"{len(missing)} files take {needed / 1e9:.2f} GB; {place} has {free / 1e9:.2f} GB free; choose another folder or free some space")
 
 
-def free_bytes(folder: Path) -> tuple[Path, int]:
-    """The folder or what there is of its parents, and the room on that disk."""
-    place = next(place for place in (folder, *folder.resolve().parents) if place.exists())
-    return place, shutil.disk_usage(place).free
+def existing(folder: Path) -> Path:
+    """The folder, or what there is of its parents."""
+    return next(place for place in (folder, *folder.resolve().parents) if place.exists())
 
 
 def part_of(path: Path) -> Path:

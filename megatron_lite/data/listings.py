@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 from megatron_lite.data.download import RemoteFile
 from megatron_lite.data.hub import endpoint
-from megatron_lite.data.transfer import BrokenError, RefusedError, read_text, size_of
+from megatron_lite.data.transfer import BrokenError, RefusedError, insist, read_text, size_of
 from megatron_lite.errors import DataError
 
 
@@ -49,7 +49,7 @@ def hub_files(repository: str, revision: str) -> list[RemoteFile]:
     """The files that a checkpoint on the hub needs, with sizes and checksums, of the commit that the revision means now."""
     url = f"{endpoint()}/api/models/{quote(repository)}/revision/{quote(revision, safe='')}?blobs=true"
     try:
-        answer = json.loads(read_text(url))
+        answer = json.loads(insist(lambda: read_text(url), tries=2))
         commit, entries = str(answer["sha"]), cast(list[dict[str, object]], answer["siblings"])
         files = [_hub_file(f"{endpoint()}/{quote(repository)}/resolve/{quote(commit, safe='')}", entry) for entry in entries]
     except (BrokenError, RefusedError) as error:
@@ -91,7 +91,7 @@ def folder_files(base_url: str) -> list[RemoteFile]:
 def _has(base_url: str, name: str) -> RemoteFile | None:
     file = RemoteFile(name, (f"{base_url}/{quote(name)}",))
     try:
-        return replace(file, size=size_of(file.urls[0]))
+        return replace(file, size=insist(lambda: size_of(file.urls[0]), tries=2))
     except RefusedError as error:
         if error.code in (404, 410):
             return None

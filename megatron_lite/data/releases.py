@@ -7,10 +7,10 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from megatron_lite.data.archive import Archive
-from megatron_lite.data.download import RemoteFile, check_space, safe_path
+from megatron_lite.data.download import ANOTHER, RemoteFile, check_space, safe_path, size_difference
 from megatron_lite.data.listings import folder_files, hub_files
 from megatron_lite.data.sizes import with_sizes
-from megatron_lite.errors import ConfigError
+from megatron_lite.errors import ConfigError, DataError
 
 THE_EYE = ("https://the-eye.eu/public/AI", "https://mystic.the-eye.eu/public/AI")
 GPT2 = ("https://openaipublic.blob.core.windows.net/gpt-2/encodings/main", "https://huggingface.co/openai-community/gpt2/resolve/main")
@@ -46,8 +46,12 @@ class Release:
             archive = replace(archive, file=with_sizes([archive.file])[0])
         return replace(self, files=tuple(with_sizes(self.files)), archive=archive)
 
-    def check_space(self, folder: Path) -> None:
-        """Raises OutputError where the disk has no room for what is missing."""
+    def check_place(self, folder: Path) -> None:
+        """Raises DataError where files are there that are others, and OutputError where the disk has no room for what is missing."""
+        for file in self.files:
+            path = safe_path(folder, file.name)  # other programs leave broken files under their names
+            if path.exists() and (difference := size_difference(path, file)):
+                raise DataError(ANOTHER.format(path, difference))
         unpacked = self.archive and replace(self.archive.file, name=self.archive.pattern, size=self.archive.unpacked)
         check_space(folder, [unpacked if self.archive and unpacked and file is self.archive.file else file for file in self.missing(folder)])
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from megatron_lite.data.download import RemoteFile
 from megatron_lite.data.parallel import in_parallel
-from megatron_lite.data.transfer import BrokenError, RefusedError, size_of
+from megatron_lite.data.transfer import BrokenError, RefusedError, insist, size_of
 from megatron_lite.errors import DataError
 
 
@@ -19,7 +19,7 @@ def _with_size(file: RemoteFile) -> RemoteFile:
     reasons: list[str] = []
     for url in file.urls if file.size is None else ():
         try:
-            size = size_of(url)
+            size = insist(lambda url=url: size_of(url), tries=2)
         except (BrokenError, RefusedError) as error:
             reasons.append(f"{url}: {error}")
             continue

@@ -7,8 +7,9 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from email.message import Message
+from functools import cache
 from http.client import HTTPException, HTTPResponse
-from typing import IO
+from typing import IO, TypeVar
 from urllib.parse import urlsplit
 
 from megatron_lite.data.hub import endpoint
@@ -19,6 +20,8 @@ TRIES = 5
 PAUSE = 1.0  # seconds after the first failure; doubled after each further one
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 NO_HEAD = (403, 405, 501)  # codes of servers that do not answer HEAD
+
+Result = TypeVar("Result")
 
 
 class BrokenError(Exception):
@@ -50,6 +53,11 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         return request
 
 
+@cache
+def _opener() -> urllib.request.OpenerDirector:
+    return urllib.request.build_opener(_Redirects)
+
+
 def check_trusted(url: str) -> None:
     if urlsplit(url).scheme != "https" and not (urlsplit(url).scheme == "http" and urlsplit(url).hostname in LOOPBACK):
         raise RefusedError("only https is trusted")
@@ -65,7 +73,7 @@ def opened(url: str, *, start: int = 0, method: str = "GET") -> Iterator[HTTPRes
     if (token := os.environ.get("HF_TOKEN")) and url.startswith(endpoint() + "/"):
         request.add_unredirected_header("Authorization", f"Bearer {token}")  # the hub's storage has other hosts, which need not know it
     try:
-        answer = urllib.request.build_opener(_Redirects).open(request, timeout=PATIENCE)
+        answer = _opener().open(request, timeout=PATIENCE)
     except urllib.error.HTTPError as error:
         raise _failure(error, start) from None
     except (OSError, HTTPException) as error:
@@ -138,7 +146,7 @@ def limited(pieces: Iterator[bytes], most: int) -> Iterator[bytes]:
         yield piece
 
 
-def insist(attempt: Callable[[], None], arrived: Callable[[], int]) -> None:
+def insist(attempt: Callable[[], Result], arrived: Callable[[], int] = lambda: 0, *, tries: int = TRIES) -> Result:
     """Attempts again what broke, until it breaks several times without a byte more in between."""
     failures = 0
     while True:
@@ -147,7 +155,7 @@ def insist(attempt: Callable[[], None], arrived: Callable[[], int]) -> None:
             return attempt()
         except BrokenError:
             failures = 1 if arrived() > before else failures + 1
-            if failures == TRIES:
+            if failures == tries:
                 raise
             time.sleep(PAUSE * 2 ** (failures - 1))
 
