@@ -24,12 +24,16 @@ class Wish:
     def allows(self, layout: Layout) -> bool:
         return all(getattr(layout, axis) == getattr(self.layout, axis) for axis in self.fixed)
 
+    def cut_like(self, layout: Layout) -> Layout:
+        """The layout with the blocks that were asked for, where it has as many stages."""
+        return replace(layout, blocks=self.layout.blocks if layout.pp == self.layout.pp else ())
+
 
 def wish_of(config: RunConfig) -> Wish:
     origins = {axis: config.where(key) for axis, key in SIZES.items()}
     files = [origin.rpartition(" line ")[0] for origin in origins.values() if " line " in origin]
     return Wish(
-        Layout(pp=max(1, config.parallel.pipe_parallel_size), tp=config.parallel.model_parallel_size),
+        Layout(pp=max(1, config.parallel.pipe_parallel_size), tp=config.parallel.model_parallel_size, blocks=config.parallel.pipe_stage_layers or ()),
         frozenset(axis for axis, origin in origins.items() if origin == "command line"),
         " and ".join(dict.fromkeys(files)) or str(config.files[0]),
     )
@@ -43,6 +47,7 @@ def check_layout(layout: Layout, spec: ModelSpec) -> None:
 def layouts_for(wish: Wish, devices: int, spec: ModelSpec) -> Iterator[Layout]:
     """Every layout of at most so many devices that the wish allows and the model can be cut into; the fastest way to use most devices first."""
     for layout in layouts_up_to(devices, heads=spec.heads, layers=spec.layers):
+        layout = wish.cut_like(layout)
         if wish.allows(layout):
             try:
                 check_layout(layout, spec)
@@ -59,7 +64,7 @@ def fit_devices(wish: Wish, hardware: Hardware, spec: ModelSpec) -> tuple[Layout
     if asked.size > len(hardware) and hardware.kind != "CPU":
         raise LayoutError(f"{_insisted(wish)} on the command line: {_needs(wish, hardware)}; ask for fewer, or leave the sizes out to have them fitted")
     # Several CPU processes can share a core, if that is what the command line insists on.
-    layout = asked if asked.size <= len(hardware) else replace(Layout(), **{axis: getattr(asked, axis) for axis in wish.fixed})
+    layout = asked if asked.size <= len(hardware) else wish.cut_like(replace(Layout(), **{axis: getattr(asked, axis) for axis in wish.fixed}))
     check_layout(layout, spec)
     return layout, None if layout == asked else f"{_asks(wish, hardware)}: using {layout}"
 
@@ -92,7 +97,9 @@ def _insisted(wish: Wish) -> str:
 def sizes(layout: Layout, config: RunConfig) -> dict[str, object]:
     """The layout as settings for the processes. pipe_parallel_size 0 is one stage too, and stays 0."""
     pipe = config.parallel.pipe_parallel_size
-    return {"pipe_parallel_size": pipe if max(1, pipe) == layout.pp else layout.pp, "model_parallel_size": layout.tp}
+    found: dict[str, object] = {"pipe_parallel_size": pipe if max(1, pipe) == layout.pp else layout.pp, "model_parallel_size": layout.tp}
+    stated = config.parallel.pipe_stage_layers or ()
+    return found if layout.blocks == stated else {**found, "pipe_stage_layers": list(layout.blocks) or None}
 
 
 def fit_to_processes(config: RunConfig, processes: int, *, training: bool) -> tuple[dict[str, object], str | None]:

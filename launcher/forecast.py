@@ -13,6 +13,7 @@ from launcher.replicas import plan_evaluation
 from launcher.speed import Speed, card_of, decoding, load_seconds, scoring, training
 from launcher.train_plan import TrainPlanner, words_for
 from megatron_lite.config.load import load_config
+from megatron_lite.config.precision import check_trainable
 from megatron_lite.config.sections import RunConfig
 from megatron_lite.errors import ConfigError, FitError, LayoutError, TokenizerError
 from megatron_lite.models.spec import ModelSpec
@@ -58,7 +59,7 @@ def outlook_of(command: Command) -> Outlook:
     for work in _works(script):
         try:
             forecasts.append(FORECASTS[work](config, hardware, entries))
-        except LayoutError as error:
+        except (LayoutError, ConfigError) as error:
             refused.append((work, str(error)))
     spec = (planner := Planner(config, hardware, entries)).spec(planner.wish.layout)
     generated = next((forecast.plan for forecast in forecasts), None)
@@ -127,6 +128,7 @@ def _lora(config: RunConfig, hardware: Hardware, entries: int) -> Forecast:
 
 
 def _training(work: str, trainer: TrainPlanner) -> Forecast:
+    check_trainable(trainer.config)
     change, plan = trainer.nearest()
     card, asked = card_of(plan), training_of(trainer.config, plan.layout)
     speeds = (training(plan, trainer.spec(plan.layout), card, change.applied(asked)),) if card and change else ()

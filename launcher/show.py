@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from launcher.plan import Plan, gigabytes
 from megatron_lite.config.sections import RunConfig
 from megatron_lite.config.show import settings
-from megatron_lite.parallel.layout import stage_numbers
 
 LONGEST = 60  # characters of a value
 
@@ -47,7 +46,7 @@ def stage_table(config: RunConfig, plan: Plan) -> str:
 
 
 def _stages(config: RunConfig, plan: Plan, parts: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    for stage, (numbers, footprint) in enumerate(zip(stage_numbers(config.model.num_layers, plan.layout.pp), plan.stages, strict=True)):
+    for stage, (numbers, footprint) in enumerate(zip(plan.layout.numbers(config.model.num_layers), plan.stages, strict=True)):
         ranks = [rank for rank in range(plan.layout.size) if plan.stage(rank) == stage]
         free = [free for rank in ranks if plan.hardware.kind != "CPU" and (free := plan.hardware.devices[rank].free) is not None]
         sizes = (*(footprint.parts.get(name, 0) for name in parts), plan.itself, footprint.total + plan.itself)

@@ -8,6 +8,7 @@ from launcher.fit import check_layout, layouts_for, replicate
 from launcher.hardware import Hardware
 from launcher.plan import Plan, gigabytes, weigh_training
 from launcher.planner import Planner
+from megatron_lite.config.precision import check_trainable
 from megatron_lite.config.sections import RunConfig
 from megatron_lite.errors import FitError
 from megatron_lite.models.spec import DTYPES, ModelSpec
@@ -91,6 +92,7 @@ class TrainPlanner:
 
 def plan_training(config: RunConfig, hardware: Hardware, entries: int, *, anyway: bool = False) -> Plan:
     """The plan for training. Raises LayoutError where the devices do not hold the layout, and FitError, unless it is wanted `anyway`, where memory is short."""
+    check_trainable(config)
     trainer = TrainPlanner(Planner(config, hardware, entries))
     wish = trainer.planner.wish
     layout = replicate(wish, hardware, trainer.planner.spec(wish.layout))

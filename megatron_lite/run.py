@@ -21,7 +21,7 @@ from megatron_lite.models.architecture import Architecture, architecture_named
 from megatron_lite.models.memory import generation_footprint
 from megatron_lite.models.spec import DTYPES, DType, ModelSpec, spec_of
 from megatron_lite.parallel.budget import hold_to
-from megatron_lite.parallel.layout import Layout, check_cut, stage_numbers
+from megatron_lite.parallel.layout import Layout, check_cut
 from megatron_lite.parallel.mesh import Mesh, build_mesh, joined_world
 from megatron_lite.parallel.quantized import quantize
 from megatron_lite.parallel.stage import Stage
@@ -48,11 +48,16 @@ def open_run(config: RunConfig) -> Iterator[Run]:
     patience = timedelta(days=7) if config.generation_mode == "interactive" else timedelta(minutes=30)  # people think
     with joined_world(timeout=patience) as (rank, world, device):
         hold_to(config.launcher.gpu_memory_limit, device)
-        pp, tp = max(1, config.parallel.pipe_parallel_size), config.parallel.model_parallel_size
-        layout = Layout(pp=pp, dp=max(1, world // (pp * tp)), tp=tp)
+        layout = layout_of(config, world)
         spec = spec_of(config.model, vocab=0, dtype="float32")
         check_cut(layout, heads=spec.heads, kv_heads=spec.kv_heads, ffn=spec.ffn, layers=spec.layers)
         yield prepare(config, build_mesh(layout, rank=rank, device=device))
+
+
+def layout_of(config: RunConfig, world: int) -> Layout:
+    """The layout of these settings, with as many replicas as the processes make."""
+    pp, tp = max(1, config.parallel.pipe_parallel_size), config.parallel.model_parallel_size
+    return Layout(pp=pp, dp=max(1, world // (pp * tp)), tp=tp, blocks=config.parallel.pipe_stage_layers or ())
 
 
 def prepare(config: RunConfig, mesh: Mesh) -> Run:
@@ -90,7 +95,7 @@ def _as_stored(config: RunConfig, checkpoint: CheckpointLayout, spec: ModelSpec)
 def load_stage(run: Run) -> Stage:
     """This process's layers, filled from the checkpoint, with a progress bar on the writer."""
     mesh, spec = run.mesh, run.spec
-    numbers = stage_numbers(spec.layers, mesh.layout.pp)[mesh.pp.index]
+    numbers = mesh.layout.numbers(spec.layers)[mesh.pp.index]
     plan = run.architecture.plan(spec, mesh.tp)
     dtype: torch.dtype = getattr(torch, spec.dtype)
     expected = generation_footprint(replace(spec, quantization=None), mesh.layout, mesh.pp.index, rows=0, context=0).weights

@@ -5,7 +5,7 @@ from typing import cast
 
 from megatron_lite.config.kinds import Section, shown
 from megatron_lite.config.lora import broken_targets
-from megatron_lite.config.sections import DataSection, Family, ModelSection, TrainingSection
+from megatron_lite.config.sections import DataSection, Family, ModelSection, ParallelSection, TrainingSection
 
 Broken = Iterator[tuple[str, str]]
 
@@ -39,6 +39,8 @@ def broken_rules(sections: Mapping[str, Section]) -> Broken:
         yield from _shape(model)
         yield from _positions(model)
         yield from _family(model)
+    if "model" in sections and "parallel" in sections:
+        yield from _stages(cast(ModelSection, sections["model"]), cast(ParallelSection, sections["parallel"]))
     if "training" in sections:
         training = cast(TrainingSection, sections["training"])
         yield from _schedule(training)
@@ -58,6 +60,17 @@ def _shape(model: ModelSection) -> Broken:
         yield "num_kv_heads", f"num_kv_heads {model.num_kv_heads} does not divide num_attention_heads {heads}"
     if model.intermediate_size and model.expansion_factor:
         yield "expansion_factor", "intermediate_size and expansion_factor both state the width of the MLP; keep one"
+
+
+def _stages(model: ModelSection, parallel: ParallelSection) -> Broken:
+    blocks, stages = parallel.pipe_stage_layers, max(1, parallel.pipe_parallel_size)
+    if blocks is not None and len(blocks) != stages:
+        yield (
+            "pipe_stage_layers",
+            f"pipe_stage_layers has {len(blocks)} numbers ({shown(blocks)}); pipe_parallel_size is {stages}, one for each stage is needed",
+        )
+    elif blocks is not None and sum(blocks) != model.num_layers:
+        yield "pipe_stage_layers", f"pipe_stage_layers {shown(blocks)} are {sum(blocks)} blocks in all; the model has {model.num_layers} (num_layers)"
 
 
 def _positions(model: ModelSection) -> Broken:

@@ -48,6 +48,7 @@ Share = Annotated[float, Field(ge=0, le=1), NotBoolean, Words("a number from 0 t
 Memory = Annotated[int, BeforeValidator(_as_bytes), Words("gigabytes, such as 10GB")]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_as_sequence), Words("a text or a list of texts", is_text=True)]
 Prefixes = Annotated[tuple[Path, ...], BeforeValidator(_as_sequence), Words("a path or a list of paths", is_text=True)]
+Counts = Annotated[tuple[Count, ...], Words("a list of whole numbers of at least 1")]
 Sizes = Annotated[tuple[Size, ...], Words("a list of whole numbers")]
 Amounts = Annotated[tuple[Amount, ...], Words("a list of numbers of at least 0")]
 

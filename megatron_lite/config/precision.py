@@ -6,7 +6,8 @@ from typing import get_args
 
 from megatron_lite.config.kinds import shown
 from megatron_lite.config.read import Setting
-from megatron_lite.config.sections import Precision
+from megatron_lite.config.sections import Precision, RunConfig
+from megatron_lite.errors import ConfigError
 
 BLOCKS: dict[str, Precision] = {"fp16": "fp16", "bf16": "bfloat16"}
 
@@ -48,6 +49,16 @@ def _asked(key: str, value: object) -> Precision | None:
         return None
     # Files of NeoX 1.0 say bfloat16 inside of fp16.
     return "bfloat16" if value.get("type") == "bfloat16" else BLOCKS[key]
+
+
+def check_trainable(config: RunConfig) -> None:
+    """Raises ConfigError for weights that are held in a way that cannot be trained."""
+    held = config.model.weight_quantization
+    if held is not None:
+        raise ConfigError(
+            f"weight_quantization is {held} ({config.where('weight_quantization')}); weights of 8 bits are for generation and evaluation, training needs all bits "
+            "of them: set weight_quantization=null"
+        )
 
 
 def without_other_precisions(deepspeed: Mapping[str, object], precision: Precision) -> dict[str, object]:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from megatron_lite.config.kinds import Amount, Amounts, Count, Memory, Positive, Prefixes, Section, Share, Size, Sizes, Texts, Whole
+from megatron_lite.config.kinds import Amount, Amounts, Count, Counts, Memory, Positive, Prefixes, Section, Share, Size, Sizes, Texts, Whole
 from megatron_lite.config.lora import LoraSection
 
 Precision = Literal["fp16", "bfloat16", "fp32"]
@@ -96,6 +96,10 @@ class ParallelSection(Section):
 
     pipe_parallel_size: Size = Field(0, description="pipeline stages; 0 and 1 are one stage, and 0 also saves without layer files in NeoX")
     model_parallel_size: Count = Field(1, description="parts that every matrix is cut into")
+    pipe_stage_layers: Counts | None = Field(
+        None,
+        description="(ours) blocks of every stage, such as [10, 20, 14]; null deals them evenly, or to unequal GPUs by what they hold and how fast they are",
+    )
     pipe_partition_method: str = Field("type:transformer|mlp", description="how DeepSpeed deals the layers to the stages in training")
 
 

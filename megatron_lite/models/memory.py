@@ -81,24 +81,24 @@ def parameters(spec: ModelSpec) -> int:
 
 def stage_parameters(spec: ModelSpec, layout: Layout, stage: int) -> int:
     """Parameters that every process of a pipeline stage holds."""
-    held = sum(layer_parameters(spec, n, layout.tp) for n in stage_numbers(spec.layers, layout.pp)[stage])
+    held = sum(layer_parameters(spec, n, layout.tp) for n in layout.numbers(spec.layers)[stage])
     return held - (layer_parameters(spec, spec.head_number, layout.tp) if spec.tied_head and layout.pp == 1 else 0)
 
 
 def stage_bytes(spec: ModelSpec, layout: Layout, stage: int) -> int:
     """Bytes of these."""
-    held = sum(layer_bytes(spec, n, layout.tp) for n in stage_numbers(spec.layers, layout.pp)[stage])
+    held = sum(layer_bytes(spec, n, layout.tp) for n in layout.numbers(spec.layers)[stage])
     return held - (layer_bytes(spec, spec.head_number, layout.tp) if spec.tied_head and layout.pp == 1 else 0)
 
 
 def stage_blocks(spec: ModelSpec, layout: Layout, stage: int) -> int:
-    return sum(2 <= n < spec.norm_number for n in stage_numbers(spec.layers, layout.pp)[stage])
+    return sum(2 <= n < spec.norm_number for n in layout.numbers(spec.layers)[stage])
 
 
 def generation_footprint(spec: ModelSpec, layout: Layout, stage: int, *, rows: int, context: int) -> Footprint:
     """What generating with `rows` rows of up to `context` tokens takes on every GPU of a pipeline stage."""
     size = BYTES[spec.dtype]
-    numbers = stage_numbers(spec.layers, layout.pp)[stage]
+    numbers = layout.numbers(spec.layers)[stage]
     kv_heads = max(1, spec.kv_heads // layout.tp)
     cache = stage_blocks(spec, layout, stage) * 2 * kv_heads * spec.head_dim * context * rows * size
     widest = 3 * spec.hidden + (3 * spec.hidden + 2 * spec.ffn) // layout.tp

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from megatron_lite.models.memory import Footprint, stage_blocks, stage_parameters
 from megatron_lite.models.spec import BYTES, ModelSpec
-from megatron_lite.parallel.layout import Layout, stage_numbers
+from megatron_lite.parallel.layout import Layout
 
 # d hidden size, f width of the MLP, t tensor-parallel ranks: as in the formulas of Korthikanti et al. 2022
 
@@ -81,7 +81,7 @@ def _gradients(spec: ModelSpec, layout: Layout, training: Training, trained: int
 def _activations(spec: ModelSpec, layout: Layout, stage: int, training: Training) -> tuple[int, int]:
     """Bytes that the backward pass needs of the forward pass, and those of the space it works in."""
     tokens, size, blocks = training.rows * training.tokens, BYTES[spec.dtype], stage_blocks(spec, layout, stage)
-    numbers = stage_numbers(spec.layers, layout.pp)[stage]
+    numbers = layout.numbers(spec.layers)[stage]
     between = tokens * spec.hidden * size
     block = saved_by_block(spec, layout.tp, training)
     ends = between * ((0 in numbers) + (spec.head_number in numbers))
@@ -108,7 +108,7 @@ def saved_by_block(spec: ModelSpec, tp: int, training: Training) -> int:
 
 def _logits(spec: ModelSpec, layout: Layout, stage: int, training: Training) -> int:
     """Logits, probabilities and their gradients in fp32, of this rank's part of the vocabulary."""
-    if spec.head_number not in stage_numbers(spec.layers, layout.pp)[stage]:
+    if spec.head_number not in layout.numbers(spec.layers)[stage]:
         return 0
     each = 12 + (BYTES[spec.dtype] if spec.dtype != "float32" else 0)
     return training.rows * training.tokens * -(-spec.vocab // layout.tp) * each

@@ -1,6 +1,6 @@
 """How many processes a model is spread over, and which layers and ranks belong together. Pure Python."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_lite.errors import LayoutError
@@ -8,11 +8,12 @@ from megatron_lite.errors import LayoutError
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the three mesh axes: pp pipeline stages, dp replicas, tp parts of every cut weight."""
+    """Sizes of the three mesh axes: pp pipeline stages, dp replicas, tp parts of every cut weight. `blocks` counts those of every stage; empty deals evenly."""
 
     pp: int = 1
     dp: int = 1
     tp: int = 1
+    blocks: tuple[int, ...] = ()
 
     @property
     def size(self) -> int:
@@ -25,23 +26,32 @@ class Layout:
     def rank(self, pp: int, dp: int, tp: int) -> int:
         return (pp * self.dp + dp) * self.tp + tp
 
+    def numbers(self, layers: int) -> list[list[int]]:
+        """Layer numbers of every stage of a model with so many blocks."""
+        return stage_numbers(layers, self.pp, self.blocks)
+
     def __str__(self) -> str:
         replicas = f"data {self.dp} x " if self.dp > 1 else ""
-        return f"{replicas}pipe {self.pp} x model {self.tp}"
+        blocks = f" ({' + '.join(map(str, self.blocks))} blocks)" if self.blocks else ""
+        return f"{replicas}pipe {self.pp}{blocks} x model {self.tp}"
 
 
-def stage_numbers(layers: int, pp: int) -> list[list[int]]:
-    """Layer numbers (as in NeoX's file names) of every stage: 0 embedding, 2..n+1 blocks, n+3 norm, n+4 head.
-
-    Blocks are dealt evenly, the first stages taking one more each, which is what DeepSpeed's
-    `type:transformer|mlp` gives for models of equal blocks (20B on 8 stages: 6 6 6 6 5 5 5 5).
-    """
+def evenly(layers: int, pp: int) -> tuple[int, ...]:
+    """Blocks of every stage, the first stages taking one more each, which is what DeepSpeed's `type:transformer|mlp` gives for models of equal blocks
+    (20B on 8 stages: 6 6 6 6 5 5 5 5)."""
     if pp > layers:
         raise LayoutError(f"pipe-parallel-size {pp} is more than the {layers} layers of the model; use at most {layers}")
+    return tuple(layers // pp + (stage < layers % pp) for stage in range(pp))
+
+
+def stage_numbers(layers: int, pp: int, blocks: Sequence[int] = ()) -> list[list[int]]:
+    """Layer numbers (as in NeoX's file names) of every stage: 0 embedding, 2..n+1 blocks, n+3 norm, n+4 head. `blocks` are those of every stage where they
+    are not dealt evenly."""
+    if blocks and (len(blocks), sum(blocks)) != (pp, layers):
+        raise LayoutError(f"{' + '.join(map(str, blocks))} blocks (pipe-stage-layers) are no way to deal {layers} to the {pp} stages of pipe-parallel-size")
     stages: list[list[int]] = []
     first = 2
-    for stage in range(pp):
-        count = layers // pp + (stage < layers % pp)
+    for count in blocks or evenly(layers, pp):
         stages.append(list(range(first, first + count)))
         first += count
     stages[0].insert(0, 0)
@@ -57,7 +67,7 @@ def check_cut(layout: Layout, *, heads: int, kv_heads: int, ffn: int, layers: in
             raise LayoutError(f"model-parallel-size {layout.tp} does not divide the {count} {what}; use one of {sizes}")
     if kv_heads % layout.tp and layout.tp % kv_heads:
         raise LayoutError(f"model-parallel-size {layout.tp} neither divides the {kv_heads} key/value heads nor is a multiple of them")
-    stage_numbers(layers, layout.pp)
+    layout.numbers(layers)
 
 
 def layouts_up_to(devices: int, *, heads: int, layers: int) -> Iterator[Layout]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_lite.checkpoint.load import load_layers, vocabulary_rows
+from megatron_lite.config.precision import check_trainable
 from megatron_lite.config.sections import RunConfig
 from megatron_lite.data.batches import Batches
 from megatron_lite.data.packing import Packing
@@ -18,9 +19,9 @@ from megatron_lite.log import logger
 from megatron_lite.models.architecture import Architecture, architecture_named
 from megatron_lite.models.spec import DType, ModelSpec, spec_of
 from megatron_lite.parallel.budget import hold_to
-from megatron_lite.parallel.layout import Layout, check_cut, stage_numbers
+from megatron_lite.parallel.layout import check_cut
 from megatron_lite.parallel.mesh import Mesh, build_mesh, joined_world
-from megatron_lite.run import Run, prepare
+from megatron_lite.run import Run, layout_of, prepare
 from megatron_lite.training.beginning import Beginning, beginning_of, stored_state, tidy, with_adapters_that_are_there
 from megatron_lite.training.engine import Engine, start_engine
 from megatron_lite.training.folders import step_of
@@ -69,8 +70,7 @@ def open_training(config: RunConfig) -> Iterator[Training]:
     """Joins the other processes and reads everything but weights. Raises UserError where the parts do not fit together."""
     with joined_world() as (rank, world, device):
         hold_to(config.launcher.gpu_memory_limit, device)
-        pp, tp = max(1, config.parallel.pipe_parallel_size), config.parallel.model_parallel_size
-        layout = Layout(pp=pp, dp=max(1, world // (pp * tp)), tp=tp)
+        layout = layout_of(config, world)
         spec = spec_of(config.model, vocab=0, dtype="float32")
         check_cut(layout, heads=spec.heads, kv_heads=spec.kv_heads, ffn=spec.ffn, layers=spec.layers)
         yield settle(config, build_mesh(layout, rank=rank, device=device))
@@ -78,6 +78,7 @@ def open_training(config: RunConfig) -> Iterator[Training]:
 
 def settle(config: RunConfig, mesh: Mesh) -> Training:
     """The training of these settings on processes that have joined already."""
+    check_trainable(config)
     recipe = recipe_of(config, mesh.layout, device=mesh.device.type)  # its problems come before any work
     config = with_adapters_that_are_there(config)
     tidy(config, mesh)
@@ -131,7 +132,7 @@ def _steps(config: RunConfig, recipe: Recipe, data: TrainingData) -> int:
 def build_engine(training: Training) -> Engine:
     """This rank's layers in an engine, as the training begins with them."""
     mesh, recipe, run = training.mesh, training.recipe, training.run
-    numbers = stage_numbers(training.spec.layers, mesh.layout.pp)[mesh.pp.index]
+    numbers = mesh.layout.numbers(training.spec.layers)[mesh.pp.index]
     layers = _loaded(training, run, numbers, recipe.dtype) if run else _drawn(training, numbers)
     lora, tied = training.config.training.lora, training.tied_head
     if run and lora:
