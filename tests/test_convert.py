@@ -1,5 +1,6 @@
 """Conversions there and back, to the bit where arithmetic allows, and bounded where it does not."""
 
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,13 +12,14 @@ from megatron_lite.checkpoint.config_json import stated_spec
 from megatron_lite.checkpoint.convert import Model, to_huggingface, to_neox
 from megatron_lite.checkpoint.find import CheckpointLayout, find_checkpoint
 from megatron_lite.checkpoint.load import open_source
+from megatron_lite.config.load import load_config
 from megatron_lite.errors import OutputError
 from megatron_lite.models.architecture import architecture_named
 from megatron_lite.models.spec import ModelSpec
 from megatron_lite.parallel.mesh import single_mesh
 from tests.models import SMALL, logits, write_random
 from tests.test_families import SPECS, stage_of, twin, write_layer_files
-from tools.convert import main
+from tools.convert import copy_tokenizer, main, tokenizer_files
 
 ALL = {"NeoX": SMALL, "NeoX, sequential": replace(SMALL, parallel_residual=False), "NeoX, tied head": replace(SMALL, tied_head=True), **SPECS}
 
@@ -143,6 +145,40 @@ def test_the_tool_converts_the_bundled_model_and_verifies(tmp_path: Path, capsys
     assert {path.name for path in (tmp_path / "hf").iterdir()} >= {"config.json", "tokenizer.json", "model.safetensors.index.json"}
     assert main([str(tmp_path / "hf"), str(tmp_path / "back"), "--to", "neox", "--model-parallel-size", "4"]) == 0
     assert find_checkpoint(tmp_path / "back").tp == 4
+
+
+def test_norms_that_drifted_by_a_thousandth_change_logits_by_no_more_than_a_hundredth_and_nothing_else_changes(tmp_path: Path) -> None:
+    layout = write_random(tmp_path / "start", SMALL, tp=2)
+    generator = torch.Generator().manual_seed(2)
+    for number in layout.numbers:
+        first, second = (torch.load(layout.layer_file(number, part)) for part in (0, 1))
+        norms = {name: tensor + 1e-3 * torch.randn(tensor.shape, generator=generator) for name, tensor in first.items() if "norm" in name}
+        torch.save({**second, **norms}, layout.layer_file(number, 1))
+    back = neox(hugging(layout, SMALL, tmp_path / "hf"), SMALL, tmp_path / "back", tp=2)
+    before, after = contents(layout), contents(back)
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert all("norm" in name or name.endswith(("dense.bias", "4h_to_h.bias")) for name in changed)
+    whole, merged = (logits(stage_of(each, SMALL, single_mesh()), torch.arange(32)[None], SMALL.vocab) for each in (layout, back))
+    assert 0 < (whole - merged).abs().max() < 0.01 * whole.std()
+
+
+def test_the_tokenizer_goes_along_under_the_names_that_transformers_looks_for(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("vocab.json", "merges.txt", "spiece.model", "20B_tokenizer.json"):
+        (source / name).write_text(name)
+
+    def copied(settings: dict[str, object]) -> dict[str, str]:
+        config = load_config([Path(__file__).parents[1] / "configs" / "tiny.yml"], settings)
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        copy_tokenizer(tokenizer_files(Namespace(tokenizer=None, source=source), config), folder)
+        return {path.name: path.read_text() for path in folder.iterdir()}
+
+    bpe = {"tokenizer_type": "GPT2BPETokenizer", "vocab_file": source / "vocab.json", "merge_file": source / "merges.txt"}
+    assert copied(bpe) == {"vocab.json": "vocab.json", "merges.txt": "merges.txt"}
+    assert copied({"vocab_file": source / "20B_tokenizer.json"}) == {"tokenizer.json": "20B_tokenizer.json"}
+    assert copied({"tokenizer_type": "SPMTokenizer", "vocab_file": source / "spiece.model"}) == {"spiece.model": "spiece.model"}
 
 
 def test_layer_files_without_a_yaml_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

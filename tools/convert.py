@@ -77,7 +77,7 @@ def convert(options: argparse.Namespace) -> None:
             averaged = to_neox(model, options.target, tp=tp, step=step, dtype=dtype, progress=advance)
         else:
             averaged = to_huggingface(model, options.target, dtype=dtype, extra={}, progress=advance)
-            copy_tokenizer(options.tokenizer or (config.tokenizer.vocab_file if config else options.source / "tokenizer.json"), options.target)
+            copy_tokenizer(tokenizer_files(options, config), options.target)
     added = f" with the adapters of {adapters.folder}" if adapters else ""
     print(f"{layout}{added} -> {find_checkpoint(options.target)}")
     if averaged:
@@ -95,9 +95,22 @@ def spec_of_source(layout: CheckpointLayout, config: RunConfig | None) -> ModelS
     raise ConfigError(f"{layout} does not say how many heads the model has, nor the form of its blocks; give its YAML with --config")
 
 
-def copy_tokenizer(path: Path | None, folder: Path) -> None:
-    if path is not None and path.is_file():
-        shutil.copy(path, folder / ("tokenizer.json" if path.suffix == ".json" else path.name))
+def tokenizer_files(options: argparse.Namespace, config: RunConfig | None) -> dict[str, Path | None]:
+    """The names that transformers looks for -> where the files lie, if they do."""
+    if options.tokenizer or config is None:
+        path: Path = options.tokenizer or options.source / "tokenizer.json"
+        beside = {} if options.tokenizer else {name: options.source / name for name in ("tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.model")}
+        return {"tokenizer.json" if path.suffix == ".json" else path.name: path, **beside}
+    vocabulary, merges = config.tokenizer.vocab_file, config.tokenizer.merge_file
+    if merges:
+        return {"vocab.json": vocabulary, "merges.txt": merges}
+    return {vocabulary.name if vocabulary.suffix == ".model" else "tokenizer.json": vocabulary} if vocabulary else {}
+
+
+def copy_tokenizer(files: dict[str, Path | None], folder: Path) -> None:
+    for name, path in files.items():
+        if path is not None and path.is_file():
+            shutil.copy(path, folder / name)
 
 
 @torch.inference_mode()
