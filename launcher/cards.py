@@ -66,16 +66,20 @@ def _words(name: str) -> set[str]:
 
 
 def hardware_named(text: str) -> Hardware:
-    """`2x24GB`, `8xH100` or `RTX 3090` as so many empty GPUs."""
-    match = GPUS.fullmatch(text.strip())
+    """`2x24GB`, `8xH100`, `RTX 3090` or `RTX3090+2xRTX3060` as so many empty GPUs."""
+    return Hardware("GPU", tuple(device for part in text.split("+") for device in _cards_named(part, text)))
+
+
+def _cards_named(part: str, text: str) -> tuple[Device, ...]:
+    match = GPUS.fullmatch(part.strip())
     count, name = (int(match[1] or 1), match[2].strip()) if match else (0, "")
     if not 0 < count <= MOST:
         raise ConfigError(f"gpus is {text!r}; write a number of GPUs and their memory or name, such as gpus=2x24GB or gpus=8xH100")
     if size := SIZE.fullmatch(name):
         unit = 2**30 if size[2].lower() == "gib" else 10**9
-        return Hardware("GPU", (Device(f"{size[1]} {'GiB' if unit == 2**30 else 'GB'}", int(float(size[1]) * unit)),) * count)
+        return (Device(f"{size[1]} {'GiB' if unit == 2**30 else 'GB'}", int(float(size[1]) * unit)),) * count
     card = card_named(name)
     if card is None:
         known = ", ".join(card.name for card in CARDS)
         raise ConfigError(f"gpus is {text!r}, and {name} is no card that is known here ({known}); give its memory instead, as in gpus={count}x24GB")
-    return Hardware("GPU", (Device(card.name, card.mib * MIB),) * count)
+    return (Device(card.name, card.mib * MIB),) * count

@@ -1,5 +1,6 @@
 """What ./deepy.py plan prints: a table of memory by part, a bar of how full a GPU is, what was changed or would help, and the speed to expect."""
 
+from collections import Counter
 from collections.abc import Iterator
 
 from launcher.forecast import Forecast, Outlook
@@ -35,9 +36,11 @@ def _devices(outlook: Outlook) -> str:
     if hardware.kind == "CPU":
         free = f", {gigabytes(hardware.memory)} of memory free" if hardware.memory is not None else ""
         return f"this machine: {hardware.found}{free}; gpus=2x24GB or gpus=8xH100 asks about another"
-    names = ", ".join(dict.fromkeys(device.name for device in hardware.devices))
+    counts = Counter(device.name for device in hardware.devices)
+    names = " + ".join(f"{count} x {name}" for name, count in counts.items())
     where = "as named" if outlook.is_named else "this machine"
-    return f"{len(hardware)} x {names} ({where}), {gigabytes(min(device.free or 0 for device in hardware.devices))} free on each"
+    least = "at least " * (len(counts) > 1)
+    return f"{names} ({where}), {least}{gigabytes(min(device.free or 0 for device in hardware.devices))} free on each"
 
 
 def _memory(outlook: Outlook) -> str:
@@ -76,7 +79,8 @@ def _bar(forecast: Forecast) -> str:
     elif plan.hardware.kind == "CPU":
         taken, free = plan.total, plan.hardware.memory
     else:
-        taken, free = plan.largest, min((device.free for device in plan.hardware.devices if device.free is not None), default=None)
+        pairs = [(plan.taken(rank), plan.hardware.devices[rank].free) for rank in range(plan.layout.size)]
+        taken, free = max(((taken, free) for taken, free in pairs if free), key=lambda pair: pair[0] / pair[1], default=(0, None))
     if not free:
         return NONE
     full = min(BAR, max(1, round(BAR * taken / free)))

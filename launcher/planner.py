@@ -4,11 +4,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from launcher.deal import Dealer, what_was_dealt
 from launcher.fit import Wish, fit_devices, layouts_for, sizes, wish_of
 from launcher.hardware import Hardware
-from launcher.plan import Demand, Plan, gigabytes, weigh, with_note
+from launcher.plan import ITSELF, Demand, Plan, gigabytes, weigh, with_note
 from megatron_lite.config.sections import RunConfig
 from megatron_lite.errors import FitError
+from megatron_lite.models.memory import generation_footprint
 from megatron_lite.models.spec import DTYPES, DType, ModelSpec, spec_of
 from megatron_lite.parallel.layout import Layout
 
@@ -44,7 +46,14 @@ class Planner:
 
     def weigh(self, layout: Layout, rows: int, hardware: Hardware | None = None) -> Plan:
         context = self.demand.tokens if self.demand else self.config.model.seq_length
-        return weigh(hardware or self.hardware, layout, self.spec(layout), rows=rows, context=context)
+        hardware, spec = hardware or self.hardware, self.spec(layout)
+        itself = ITSELF[hardware.kind]
+
+        def needs(cut: Layout, stage: int) -> int:
+            return generation_footprint(spec, cut, stage, rows=rows, context=context).total + itself
+
+        dealt = Dealer(hardware, spec.layers, needs, lambda card: card.bandwidth).deal(layout)
+        return with_note(weigh(hardware, dealt, spec, rows=rows, context=context), what_was_dealt(layout, dealt, hardware))
 
     def fitting(self, layouts: list[Layout], hardware: Hardware | None = None, *, rows: Sequence[int] | None = None) -> Iterator[Plan]:
         """The plans for these layouts that fit, each with as many rows as it can."""

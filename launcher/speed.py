@@ -1,6 +1,7 @@
 """What speed to expect of a plan, from the bytes that must move and the bandwidths that are stated: an upper bound that good code comes near to."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from launcher.cards import Card, card_named
 from launcher.plan import Plan
@@ -27,15 +28,29 @@ class Speed:
 
 
 def card_of(plan: Plan) -> Card | None:
-    """The card that the plan's GPUs are, if they are of one kind that is known."""
-    names = {device.name for device in plan.hardware.devices[: plan.layout.size]}
-    return card_named(names.pop()) if len(names) == 1 and plan.hardware.kind == "GPU" else None
+    """The card that the plan's GPUs are, or the slowest of them; None where one is not known."""
+    return _slowest(plan, range(plan.layout.size))
+
+
+def _slowest(plan: Plan, ranks: Iterable[int]) -> Card | None:
+    """The card of these ranks that reads and computes slowest, as if one card did both."""
+    names = {plan.hardware.devices[rank].name for rank in ranks} if plan.hardware.kind == "GPU" else set()
+    cards = [card for name in names if (card := card_named(name))]
+    if not cards or len(cards) < len(names):
+        return None
+    slowest = min(cards, key=lambda card: card.bandwidth)
+    return replace(slowest, teraflops=min(card.teraflops for card in cards))
+
+
+def _stage_card(plan: Plan, stage: int, card: Card) -> Card:
+    return _slowest(plan, (rank for rank in range(plan.layout.size) if plan.stage(rank) == stage)) or card
 
 
 def load_seconds(plan: Plan, spec: ModelSpec) -> tuple[float, float]:
     """Seconds to load the weights: from a disk, and where the files are in memory already."""
     whole = parameters(spec) * BYTES[spec.dtype]
-    largest = max(stage.weights for stage in plan.stages)
+    held = replace(spec, quantization=None)  # what is held in 8 bits comes in full
+    largest = max(generation_footprint(held, plan.layout, stage, rows=0, context=0).weights for stage in range(plan.layout.pp))
     return whole / DISK, max(largest / CACHED, largest / LINK)
 
 
@@ -46,7 +61,7 @@ def decoding(plan: Plan, spec: ModelSpec, card: Card, rows: int) -> Speed:
     for stage in range(layout.pp):
         needed = generation_footprint(spec, layout, stage, rows=rows, context=plan.context // 2)
         embedding = layer_parameters(spec, 0, layout.tp) * BYTES[spec.dtype] if stage == 0 and not spec.tied_head else 0
-        step += (needed.weights - embedding + needed.cache) / (card.bandwidth * 1e9 * READING)
+        step += (needed.weights - embedding + needed.cache) / (_stage_card(plan, stage, card).bandwidth * 1e9 * READING)
     step += spec.layers * REDUCTION if layout.tp > 1 else 0
     computing = rows * forward_operations(spec, plan.context // 2) / layout.tp / (card.teraflops * 1e12 * SCORING)
     return Speed(rows, rows / max(step, computing))

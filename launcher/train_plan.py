@@ -3,15 +3,17 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from launcher.deal import Dealer, what_was_dealt
 from launcher.demand import Change, changes_for, training_of
 from launcher.fit import check_layout, layouts_for, replicate
 from launcher.hardware import Hardware
-from launcher.plan import Plan, gigabytes, weigh_training
+from launcher.plan import ITSELF, Plan, gigabytes, weigh_training, with_note
 from launcher.planner import Planner
 from megatron_lite.config.precision import check_trainable
 from megatron_lite.config.sections import RunConfig
 from megatron_lite.errors import FitError
 from megatron_lite.models.spec import DTYPES, ModelSpec
+from megatron_lite.models.training_memory import training_footprint
 from megatron_lite.parallel.layout import Layout
 
 MOST_DEVICES = 256
@@ -36,7 +38,14 @@ class TrainPlanner:
     def weigh(self, layout: Layout, change: Change | None = None, hardware: Hardware | None = None) -> Plan:
         training = training_of(self.config, layout)
         training = change.applied(training) if change else training
-        return weigh_training(hardware or self.planner.hardware, layout, self.spec(layout), training)
+        hardware, spec = hardware or self.planner.hardware, self.spec(layout)
+        itself = ITSELF[hardware.kind]
+
+        def needs(cut: Layout, stage: int) -> int:
+            return training_footprint(spec, cut, stage, training).total + itself
+
+        dealt = Dealer(hardware, spec.layers, needs, lambda card: card.teraflops).deal(layout)
+        return with_note(weigh_training(hardware, dealt, spec, training), what_was_dealt(layout, dealt, hardware))
 
     def fitting(self, layouts: list[Layout], hardware: Hardware | None = None) -> Iterator[tuple[Change, Plan]]:
         """For each layout the least change with which it fits, if there is one."""

@@ -56,8 +56,8 @@ def check_trainable(config: RunConfig) -> None:
     held = config.model.weight_quantization
     if held is not None:
         raise ConfigError(
-            f"weight_quantization is {held} ({config.where('weight_quantization')}); weights of 8 bits are for generation and evaluation, training needs all bits "
-            "of them: set weight_quantization=null"
+            f"weight_quantization is {held} ({config.where('weight_quantization')}); weights of 8 bits are for generation and evaluation, training needs "
+            "all bits of them: set weight_quantization=null"
         )
 
 
