@@ -1,19 +1,25 @@
 """Every command of tools/benchmark.py with a small model on the CPU: what it prints, what it writes, and that transformers is measured beside it."""
 
 import json
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from megatron_lite.benchmark.bench import Bench, Numbers, random_stage
-from megatron_lite.benchmark.decode import DecodeOptions, Span, measure_decoding
+from megatron_lite.benchmark.bench import Bench, Numbers, random_stage, serving
+from megatron_lite.benchmark.clock import wait_quietly
+from megatron_lite.benchmark.decode import DecodeOptions, Span, measure_decoding, step_seconds
 from megatron_lite.benchmark.generate import GenerateOptions, Mixture, measure_generation
+from megatron_lite.benchmark.load import LoadOptions, measure_loading
 from megatron_lite.config.load import load_config
+from megatron_lite.errors import ConfigError, FitError
 from megatron_lite.models.neox import ARCHITECTURE
 from megatron_lite.parallel.layout import Layout
 from megatron_lite.parallel.mesh import Mesh, single_mesh
 from tests.models import SMALL, logits
+from tests.runs import write_run
 from tests.worlds import in_world
 from tools.benchmark import main
 
@@ -53,6 +59,16 @@ def test_decoding_is_told_with_its_floor_and_the_plain_path(tmp_path: Path, caps
     assert three["rate"] == pytest.approx(3 / three["seconds"])
     assert one["floor"] < three["floor"]
     assert (written["facts"]["gpus"], written["facts"]["context"], written["facts"]["layout"]) == (1, 40, "pipe 1 x model 1")
+
+
+def test_weights_in_8_bits_are_measured_against_their_own_floor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["decode", *TINY, "--batch", "1", "--context", "40", "--steps", "6", "--json"]
+    table(capsys, *words, str(tmp_path / "whole.json"))
+    table(capsys, *words, str(tmp_path / "int8.json"), "weight-quantization=int8")
+    whole, small = (json.loads((tmp_path / name).read_text()) for name in ("whole.json", "int8.json"))
+    assert small["facts"]["model"] == "configs/tiny.yml, float32, random weights in int8"
+    stream = {id(each): each["rows"][0]["rate"] for each in (whole, small)}
+    assert small["rows"][2]["floor"] * stream[id(small)] < whole["rows"][2]["floor"] * stream[id(whole)]
 
 
 def test_prefill_is_told_for_every_length(capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,7 +119,6 @@ def test_transformers_is_measured_beside_us(tmp_path: Path, capsys: pytest.Captu
     ("words", "said"),
     [
         (["decode", *TINY, "--context", "600"], "64 steps around a context of 600 tokens need positions 568 to 633, and the model has 1 to 512"),
-        (["decode", *TINY, "--batch", "1,500"], "batches of 1, 500 rows were asked for; give --batch between 1 and 128"),
         (["prefill", *TINY], "prompts of 2048 tokens were asked for, and the model has 512 positions; give other --tokens"),
         (["generate", *TINY], "prompts and their texts have up to 1756 tokens, and the model 512 positions; give other --lengths or --new"),
         (["decode", *TINY, "vocab_file=nowhere.json"], "or give --vocab N, the rows of the embedding (50432 for 20B)"),
@@ -128,12 +143,22 @@ def bench(mesh: Mesh) -> Bench:
     return Bench(load_config([ROOT / "configs" / "tiny.yml"]), mesh, ARCHITECTURE, spec, Numbers(spec.vocab), None)
 
 
-def test_ranks_that_share_a_model_measure_it_together() -> None:
-    options = DecodeOptions(batches=(1, 2), span=Span(20, 4), plain=True, peer=False, compiled=(), folder=None)
-    found = in_world(Layout(tp=2), lambda mesh: [(row.what, row.by) for row in measure_decoding(bench(mesh), options)])
+@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(pp=2)], ids=str)
+def test_ranks_that_share_a_model_measure_it_together(layout: Layout) -> None:
+    options = DecodeOptions(batches=(1, 3), span=Span(20, 4), peer_span=Span(20, 4), plain=True, peer=False, compiled=(), folder=None)
+    found = in_world(layout, lambda mesh: [(row.what, row.by) for row in measure_decoding(bench(mesh), options)])
     assert found[0] == found[1]
-    assert ("all-reduce of 64 x 64", "GLOO, 16 KiB") in found[0]
-    assert ("decode, batch 2", "deepy, plain path") in found[0]
+    assert (("all-reduce of 64 x 64", "GLOO, 16 KiB") in found[0]) == (layout.tp > 1)
+    assert {(f"decode, batch {batch}", by) for batch in (1, 3) for by in ("deepy", "deepy, plain path")} < set(found[0])
+
+
+def test_more_rows_than_a_step_takes_are_refused() -> None:
+    mine = bench(single_mesh())
+    decoder = serving(mine.stage(), mine, rows=2, tokens=40, context=64)
+    with pytest.raises(ConfigError, match=r"3 rows were asked for, and 2 share a step at most; use a smaller --batch"):
+        step_seconds(decoder, 3, Span(20, 4))
+    with pytest.raises(FitError, match=r"2 rows of 66 tokens need 4 pages of the cache, and 2 fit; use a smaller --batch"):
+        step_seconds(decoder, 2, Span(61, 8))
 
 
 def test_replicas_share_the_prompts() -> None:
@@ -155,7 +180,24 @@ def test_random_weights_give_finite_logits_and_never_the_last_row_of_the_vocabul
 
 
 def test_without_transformers_a_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("megatron_lite.benchmark.peer.find_spec", lambda name: None)
+    for name in ("transformers", "accelerate"):
+        monkeypatch.setitem(sys.modules, name, None)
     assert main(["decode", *TINY, "--peer", "transformers"]) == 2
     said = "--peer needs the package(s) transformers, accelerate; run `pip install transformers accelerate`, or leave out --peer\n"
     assert capsys.readouterr().err == said
+
+
+def test_ranks_load_their_parts_together_and_wait_for_each_other(tmp_path: Path) -> None:
+    config = load_config([write_run(tmp_path)])
+    options = LoadOptions(times=1, cold=True, direct_bytes=1 << 20, peer=False)
+    started = time.monotonic()
+
+    def run(mesh: Mesh) -> tuple[list[str], float]:
+        rows = [row.what for row in measure_loading(config, mesh, options)]
+        time.sleep(0.5 * mesh.rank)
+        wait_quietly(mesh)
+        return rows, time.monotonic() - started
+
+    (rows, first), (others, second) = in_world(Layout(tp=2), run)
+    assert rows[2:] == others[2:] == ["load, cold", "load, files in the page cache"]
+    assert first == pytest.approx(second, abs=0.2), "the first rank waited for the second"

@@ -42,6 +42,12 @@ def test_ranks_share_what_a_step_reads(twenty: ModelSpec) -> None:
     assert [step_bytes(twenty, tp, batch=64, context=256) / whole for tp in (2, 4)] == pytest.approx([1 / 2, 1 / 4], rel=1e-3)
 
 
+def test_weights_in_8_bits_are_half_the_bytes_and_a_scale_a_row(twenty: ModelSpec) -> None:
+    head = 50432 * 6144 * 2
+    halved = (step_bytes(twenty, 1, batch=0, context=1) - head) / (step_bytes(replace(twenty, quantization="int8"), 1, batch=0, context=1) - head)
+    assert halved == pytest.approx(2, rel=2e-3)
+
+
 def test_few_key_heads_are_repeated_on_every_rank() -> None:
     shared = replace(SMALL, kv_heads=2, family="llama")
     caches = [step_bytes(shared, tp, batch=5, context=7) - step_bytes(shared, tp, batch=0, context=7) for tp in (1, 2, 4)]

@@ -55,6 +55,7 @@ def decode(options: Options) -> None:
     wanted = DecodeOptions(
         batches=options.batch,
         span=Span(options.context, options.steps),
+        peer_span=Span(options.context, options.peer_steps or options.steps),
         plain=options.plain,
         peer=options.peer is not None,
         compiled=options.compile if options.peer else (),

@@ -11,18 +11,19 @@ from torch import nn
 
 from megatron_lite.config.sections import RunConfig
 from megatron_lite.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_lite.errors import LayoutError, TokenizerError
+from megatron_lite.errors import TokenizerError
 from megatron_lite.inference.continuous import ContinuousDecoder
-from megatron_lite.inference.decoders import continuous_decoder
+from megatron_lite.inference.decoders import Load, continuous_decoder
 from megatron_lite.inference.paged import pages_for
-from megatron_lite.inference.step import Slots, Stepper
+from megatron_lite.inference.step import Stepper
 from megatron_lite.log import logger
 from megatron_lite.models.architecture import Architecture, architecture_named
 from megatron_lite.models.spec import DTYPES, DType, ModelSpec, spec_of
 from megatron_lite.parallel.layout import Layout, check_cut
 from megatron_lite.parallel.mesh import Mesh, build_mesh, joined_world
+from megatron_lite.parallel.quantized import quantize
 from megatron_lite.parallel.stage import Stage
-from megatron_lite.run import Run, load_stage, prepare
+from megatron_lite.run import Run, layout_of, load_stage, prepare
 
 
 class Numbers:
@@ -55,7 +56,8 @@ class Bench:
 
     @property
     def weights(self) -> str:
-        return "random weights" if self.run is None else str(self.run.checkpoint)
+        source = "random weights" if self.run is None else str(self.run.checkpoint)
+        return f"{source} in {self.spec.quantization}" if self.spec.quantization else source
 
     def stage(self) -> Stage:
         return random_stage(self.architecture, self.spec, self.mesh) if self.run is None else load_stage(self.run)
@@ -65,8 +67,6 @@ class Bench:
 def open_bench(config: RunConfig, *, vocab: int | None, from_checkpoint: bool) -> Iterator[Bench]:
     """One GPU a process; the layout is the configuration's where that many were started, else one model over all of them."""
     with joined_mesh(config) as mesh:
-        if mesh.layout.pp > 1:
-            raise LayoutError(f"this measures models that are cut into parts of every matrix, not {mesh.layout}; give pipe_parallel_size=1")
         if from_checkpoint:
             run = prepare(config, mesh)
             yield Bench(config, mesh, run.architecture, run.spec, run.tokenizer, run)
@@ -87,9 +87,9 @@ def joined_mesh(config: RunConfig) -> Iterator[Mesh]:
 
 def fitted(config: RunConfig, world: int) -> Layout:
     """The layout that is asked for, in as many replicas as there are processes for, or one model over all of them."""
-    asked = Layout(pp=max(1, config.parallel.pipe_parallel_size), tp=config.parallel.model_parallel_size)
+    asked = replace(layout_of(config, world), dp=1)
     if world % asked.size == 0:
-        return replace(asked, dp=world // asked.size)
+        return layout_of(config, world)
     found = Layout(tp=world)
     logger.info(f"the configuration asks for {asked.pp} x {asked.tp} = {asked.size} processes; {world} started: using {found}")
     return found
@@ -112,19 +112,22 @@ def vocabulary(config: RunConfig) -> int:
 
 @torch.no_grad()
 def random_stage(architecture: Architecture, spec: ModelSpec, mesh: Mesh) -> Stage:
-    """All layers of the model, drawn on the device: norms are neutral, all else has the size of trained weights."""
+    """The layers of this process, drawn on the device: norms are neutral, all else has the size of trained weights."""
     layers: dict[int, nn.Module] = {}
     dtype: torch.dtype = getattr(torch, spec.dtype)
     generator = torch.Generator(device=mesh.device).manual_seed(1)
-    for number, make in architecture.plan(spec, mesh.tp).items():
+    plan = architecture.plan(spec, mesh.tp)
+    for number in mesh.layout.numbers(spec.layers)[mesh.pp.index]:
         with torch.device("meta"):
-            layer = make().to(dtype).requires_grad_(False)
+            layer = plan[number]().to(dtype).requires_grad_(False)
         layer.to_empty(device=mesh.device)
         for name, parameter in layer.named_parameters():
             if "norm" in name and name.endswith("weight"):
                 parameter.fill_(1)
             else:
                 parameter.normal_(std=(2 / (5 * spec.hidden)) ** 0.5, generator=generator)
+        if spec.quantization:
+            quantize(layer, mesh.tp)
         layers[number] = layer.eval()
     return Stage(layers, mesh, spec.hidden, dtype)
 
@@ -138,10 +141,9 @@ def serving(stage: Stage, bench: Bench, *, rows: int, tokens: int, context: int)
     """What serves `rows` rows of up to `tokens` tokens each: with captured steps on GPUs, with plain ones elsewhere."""
     spec = bench.spec
     if stage.mesh.device.type == "cuda":
-        return continuous_decoder(stage, spec, bench.tokenizer, context=context, rows=rows, tokens=tokens)
-    slots = Slots.empty(rows, longest=context, device=stage.mesh.device)
-    stepper = Stepper(stage, spec, words=bench.tokenizer.vocab_size, slots=slots, pages=1 + rows * pages_for(tokens))
-    return ContinuousDecoder(stepper, bench.tokenizer, context=context, tokens=2048)
+        return continuous_decoder(stage, spec, bench.tokenizer, Load(context, rows, tokens))
+    stepper = Stepper(stage, spec, words=bench.tokenizer.vocab_size, pages=1 + rows * pages_for(tokens))
+    return ContinuousDecoder(stepper, bench.tokenizer, context=context, rows=rows, tokens=2048)
 
 
 def release(device: torch.device) -> None:

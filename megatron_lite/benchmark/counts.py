@@ -1,6 +1,6 @@
 """The least that work can take: bytes that must be read, operations that must be done. Pure arithmetic."""
 
-from megatron_lite.models.memory import layer_parameters
+from megatron_lite.models.memory import layer_bytes, layer_parameters
 from megatron_lite.models.spec import BYTES, ModelSpec
 from megatron_lite.parallel.layout import stage_numbers
 
@@ -8,8 +8,8 @@ from megatron_lite.parallel.layout import stage_numbers
 def step_bytes(spec: ModelSpec, tp: int, *, batch: int, context: int) -> int:
     """What each of tp GPUs reads for one more token of `batch` rows that have `context` tokens: all weights but the embedding's, and keys and values."""
     numbers = [number for number in stage_numbers(spec.layers, 1)[0] if number]
-    weights = sum(layer_parameters(spec, number, tp) for number in numbers)
-    return BYTES[spec.dtype] * (weights + batch * context * spec.layers * 2 * max(1, spec.kv_heads // tp) * spec.head_dim)
+    weights = sum(layer_bytes(spec, number, tp) for number in numbers)
+    return weights + BYTES[spec.dtype] * batch * context * spec.layers * 2 * max(1, spec.kv_heads // tp) * spec.head_dim
 
 
 def prefill_operations(spec: ModelSpec, *, batch: int, tokens: int) -> float:

@@ -83,7 +83,7 @@ def _ours(bench: Bench, options: GenerateOptions, ceilings: Ceilings) -> Iterato
     yield Row(what=f"compile and capture up to {options.rows} rows", by=OURS, seconds=ready)
     span = _span(options.mixture.longest)
     full = min(FULL, options.rows, (decoder.stepper.pages - 1) // pages_for(span.longest))
-    decoding = step_row(bench, OURS, full, span, median(step_seconds(decoder.stepper, full, span)), ceilings)
+    decoding = step_row(bench, OURS, full, span, median(step_seconds(decoder, full, span)), ceilings)
     yield decoding
     asked = options.mixture.requests(bench.tokenizer.vocab_size)
     found: list[int] = []
@@ -94,6 +94,7 @@ def _ours(bench: Bench, options: GenerateOptions, ceilings: Ceilings) -> Iterato
         mesh.wait()
 
     seconds = seconds_of(work, mesh.device)
+    decoder.close()
     tokens = int(mesh.dp.gather(torch.tensor([sum(found)], device=mesh.device)).sum())
     share = tokens / seconds / (decoding.rate or 1)
     note = f"{_told(asked)}; {share:.0%} of decoding {full} rows"

@@ -1,6 +1,5 @@
 """From files to GPUs: cold ones against what the disk can do, those in the page cache against what the link to the GPU can do."""
 
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch
 
 from megatron_lite.benchmark.bench import Numbers, precision, release
 from megatron_lite.benchmark.ceilings import CEILING, copy_rate
-from megatron_lite.benchmark.clock import seconds_of
+from megatron_lite.benchmark.clock import seconds_of, wait_quietly
 from megatron_lite.benchmark.disk import cached_share, direct_rate, drop
 from megatron_lite.benchmark.peer import BALANCED, NAME, PLANNED, import_transformers, loaded, manners
 from megatron_lite.benchmark.table import OURS, Row
@@ -22,6 +21,7 @@ from megatron_lite.errors import CheckpointError, ConfigError
 from megatron_lite.models.architecture import architecture_named
 from megatron_lite.models.spec import spec_of
 from megatron_lite.parallel.mesh import Mesh
+from megatron_lite.parallel.stage import Stage
 from megatron_lite.run import Run, load_stage
 
 WARM, COLD = "load, files in the page cache", "load, cold"
@@ -44,7 +44,7 @@ def measure_loading(config: RunConfig, mesh: Mesh, options: LoadOptions) -> Iter
     yield Row(what="reading past the page cache (O_DIRECT)", by=CEILING, rate=direct / 1e9 if direct else None, unit="GB/s", note=direct_note)
     if options.cold:
         yield bench.cold(OURS, bench.ours, floor=bench.on_disk / direct if direct else None)
-    yield bench.warm(OURS, bench.ours, floor=bench.ours() / copying)  # the first time fills the cache
+    yield bench.warm(OURS, bench.ours, floor=bench.held() / copying)  # the first time fills the cache
     if options.peer:
         names = manners(mesh)
         for name in names:
@@ -62,12 +62,13 @@ class LoadBench:
         self.files = weight_files(find_checkpoint(self.folder, iteration=config.checkpoint.iteration).folder)
         self.on_disk = sum(path.stat().st_size for path in self.files)
 
-    def ours(self) -> int:
-        """Loads the model, and forgets it; returns the bytes that this process held."""
-        stage = load_stage(opened(self.config, self.mesh))
-        held = sum(parameter.nbytes for layer in stage.layers.values() for parameter in layer.parameters())
-        del stage
-        gc.collect()  # files must not stay mapped
+    def ours(self) -> Stage:
+        return load_stage(opened(self.config, self.mesh))
+
+    def held(self) -> int:
+        """Bytes of weights that this process comes to hold, which it loads to know."""
+        held = sum(tensor.nbytes for layer in self.ours().layers.values() for tensor in (*layer.parameters(), *layer.buffers()))
+        release(self.mesh.device)
         return held
 
     def shared(self, ask: Callable[[], float | None]) -> float | None:
@@ -75,10 +76,10 @@ class LoadBench:
         return self.mesh.share_from_writer(ask)
 
     def timed(self, work: Callable[[], object]) -> float:
-        self.mesh.wait()
+        wait_quietly(self.mesh)
         seconds = seconds_of(work, self.mesh.device)
-        release(self.mesh.device)
-        self.mesh.wait()
+        release(self.mesh.device)  # files must not stay mapped
+        wait_quietly(self.mesh)
         return seconds
 
     def warm(self, by: str, work: Callable[[], object], *, floor: float | None) -> Row:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_lite.benchmark.bench import Bench, release
-from megatron_lite.benchmark.clock import Marks, seconds_of
+from megatron_lite.benchmark.clock import Marks, seconds_of, wait_quietly
 from megatron_lite.errors import ConfigError
 from megatron_lite.models.architecture import Architecture
 from megatron_lite.models.spec import ModelSpec
@@ -25,9 +25,10 @@ NAME = "transformers"
 BALANCED, PLANNED = f'{NAME}, device_map="balanced"', f'{NAME}, tp_plan="auto"'
 
 
-@dataclass(frozen=True)
+@dataclass
 class Peer:
-    """A model of transformers. `model` is None on ranks that only wait for the first one; what it is asked there takes no time and gives nothing."""
+    """A model of transformers. `model` is None on ranks that only wait for the first one, where what it is asked takes no time and gives nothing, and when
+    it was let go, so that the next one has room whoever still holds this."""
 
     name: str
     mesh: Mesh
@@ -87,11 +88,11 @@ def peers(bench: Bench, folder: str | None) -> Iterator[Peer]:
         if bench.mesh.layout.dp > 1:
             raise ConfigError("transformers is measured beside one model over all GPUs, not beside replicas; give model_parallel_size=GPUS or leave out --peer")
         takes_part = bench.mesh.is_writer or name == PLANNED
-        model = _model(bench, name, folder) if takes_part else None
-        yield Peer(name, bench.mesh, model)
-        del model
+        peer = Peer(name, bench.mesh, _model(bench, name, folder) if takes_part else None)
+        yield peer
+        peer.model = None
         release(bench.mesh.device)
-        bench.mesh.wait()
+        wait_quietly(bench.mesh)
 
 
 def manners(mesh: Mesh) -> list[str]:
@@ -131,8 +132,10 @@ def random_model(architecture: Architecture, spec: ModelSpec, device: torch.devi
 def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
-    yield
-    torch.set_default_dtype(before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _spread(model: "PreTrainedModel") -> "PreTrainedModel":

@@ -49,9 +49,10 @@ def measure_prefill(bench: Bench, options: PrefillOptions) -> Iterator[Row]:
 
 
 def _ours(bench: Bench, options: PrefillOptions, ceilings: Ceilings) -> Iterator[Row]:
-    stepper = serving(bench.stage(), bench, rows=max(options.batches), tokens=max(options.lengths), context=bench.spec.max_positions).stepper
+    decoder = serving(bench.stage(), bench, rows=max(options.batches), tokens=max(options.lengths), context=bench.spec.max_positions)
     for batch, length in _sizes(options):
-        yield _row(bench, OURS, batch, length, median(read_seconds(stepper, _prompts(bench, batch, length), times=options.times)), ceilings)
+        yield _row(bench, OURS, batch, length, median(read_seconds(decoder.stepper, _prompts(bench, batch, length), times=options.times)), ceilings)
+    decoder.close()
 
 
 def _sizes(options: PrefillOptions) -> list[tuple[int, int]]:
@@ -65,12 +66,12 @@ def _prompts(bench: Bench, batch: int, length: int) -> list[list[int]]:
 @torch.inference_mode()
 def read_seconds(stepper: Stepper, prompts: Sequence[Sequence[int]], *, times: int) -> list[float]:
     """Until the first token of every prompt is there; the first run does not count."""
-    device, each = stepper.stage.mesh.device, pages_for(len(prompts[0]))
+    device, each = stepper.mesh.device, pages_for(len(prompts[0]))
     pages = [list(range(1 + row * each, 1 + (row + 1) * each)) for row in range(len(prompts))]
     if len(prompts) * each >= stepper.pages:
         raise ConfigError(f"{len(prompts)} prompts of {len(prompts[0])} tokens do not fit in the cache of {stepper.pages} pages; use a smaller --batch")
     rules = Rules.of([Request(row, "", (0,), Sampling()) for row in range(len(prompts))], device=device)
-    return [seconds_of(lambda: stepper.read(prompts, pages, rules), device) for _ in range(times + 1)][1:]
+    return [seconds_of(lambda: stepper.read(prompts, pages, rules).ready(), device) for _ in range(times + 1)][1:]
 
 
 def _row(bench: Bench, by: str, batch: int, length: int, seconds: float, ceilings: Ceilings) -> Row:

@@ -63,6 +63,7 @@ def _decode_words(parser: argparse.ArgumentParser, run: Run) -> None:
     parser.add_argument("--batch", type=counts, default=(1, 8, 64), metavar="ROWS,...", help="rows that share a step (default 1,8,64)")
     parser.add_argument("--context", type=positive, default=256, help="tokens that a row has in the middle of the steps (default %(default)s)")
     parser.add_argument("--steps", type=positive, default=64, help="steps whose median is taken (default %(default)s)")
+    parser.add_argument("--peer-steps", type=positive, help="steps of transformers (default: as many)")
     parser.add_argument("--plain", action="store_true", help="also measure the plain path")
     parser.add_argument("--compile", type=counts, nargs="?", const=(1,), default=(), metavar="ROWS,...", help="transformers compiled as well (default 1 row)")
 
