@@ -73,3 +73,10 @@ def test_the_readme_s_tree_names_what_is_there() -> None:
     ):
         assert name in tree
         assert (ROOT / name).exists()
+
+
+def test_the_readme_s_tree_leaves_out_no_package_tool_configuration_or_document() -> None:
+    tree = (ROOT / "README.md").read_text(encoding="utf-8").split("## The tree")[1].split("## What was measured")[0]
+    packages = [f"{path.parent.name}/" for path in (ROOT / "megatron_lite").glob("*/__init__.py")]
+    files = [path.stem for folder, kind in (("tools", "py"), ("configs", "yml"), ("docs", "md")) for path in (ROOT / folder).glob(f"*.{kind}")]
+    assert [name for name in (*packages, *files) if name != "__init__" and name not in tree] == []
