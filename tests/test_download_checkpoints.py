@@ -68,7 +68,7 @@ def test_the_20b_release_arrives_as_a_checkpoint_cut_for_two(release: Release, w
     assert not (folder / MARK).exists()
     said = capsys.readouterr().out.splitlines()
     assert said[0] == f"20B: 21 files, 0.00 GB, from {web.address}/slim"
-    assert said[-1] == f"now: ./deepy.py generate.py configs/20B.yml load={folder} -i examples/prompts.txt"
+    assert said[-1] == f"now: ./deepy.py generate.py configs/20B.yml load={folder} vocab_file={folder}/20B_tokenizer.json -i examples/prompts.txt"
     assert web.asked[-1][0] == "/slim/latest"
     asked = len(web.asked)
     assert main(["20B", str(folder)]) == 0

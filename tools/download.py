@@ -18,7 +18,7 @@ from megatron_lite.checkpoint.find import find_checkpoint
 from megatron_lite.checkpoint.unfinished import unfinished
 from megatron_lite.data.archive import unpack, zstandard_package
 from megatron_lite.data.download import RemoteFile, existing, fetch_all, part_of, size_on_disk
-from megatron_lite.data.releases import NAMES, release_named
+from megatron_lite.data.releases import NAMES, Release, release_named
 from megatron_lite.data.task_data import FOLDER, OTHER_NAMES, TASK_DATA
 from megatron_lite.errors import DataError, UserError
 from megatron_lite.log import set_up_logging
@@ -82,9 +82,17 @@ def fetch_checkpoint(words: Sequence[str]) -> int:
         fetch_all(release.files, folder, heard, parallel=options.parallel)
     print(find_checkpoint(folder))
     if release.config:
-        elsewhere = "" if folder == release.folder else f" load={folder}"
-        print(f"now: ./deepy.py generate.py {release.config}{elsewhere} -i examples/prompts.txt")
+        print(f"now: ./deepy.py generate.py {release.config}{settings(release, folder)} -i examples/prompts.txt")
     return 0
+
+
+def settings(release: Release, folder: Path) -> str:
+    """What the configuration has to be told where the files lie elsewhere than it looks for them."""
+    keys = {"tokenizer.json": "vocab_file", "20B_tokenizer.json": "vocab_file", "vocab.json": "vocab_file", "merges.txt": "merge_file"}
+    names = [file.name for file in release.files]
+    chosen = {keys[name]: name for name in reversed(keys) if name in names}
+    words = [f" load={folder}", *(f" {key}={folder / name}" for key, name in chosen.items() if key == "vocab_file" or chosen["vocab_file"] == "vocab.json")]
+    return "" if folder == release.folder else "".join(words)
 
 
 def described(file: RemoteFile) -> str:
