@@ -1,6 +1,7 @@
 """Every command of tools/benchmark.py with a small model on the CPU: what it prints, what it writes, and that transformers is measured beside it."""
 
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -67,8 +68,8 @@ def test_weights_in_8_bits_are_measured_against_their_own_floor(tmp_path: Path, 
     table(capsys, *words, str(tmp_path / "int8.json"), "weight-quantization=int8")
     whole, small = (json.loads((tmp_path / name).read_text()) for name in ("whole.json", "int8.json"))
     assert small["facts"]["model"] == "configs/tiny.yml, float32, random weights in int8"
-    stream = {id(each): each["rows"][0]["rate"] for each in (whole, small)}
-    assert small["rows"][2]["floor"] * stream[id(small)] < whole["rows"][2]["floor"] * stream[id(whole)]
+    bytes_read = [report["rows"][2]["floor"] * report["rows"][0]["rate"] for report in (whole, small)]
+    assert bytes_read[1] < bytes_read[0]
 
 
 def test_prefill_is_told_for_every_length(capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,8 +80,7 @@ def test_prefill_is_told_for_every_length(capsys: pytest.CaptureFixture[str]) ->
 def test_a_mixed_file_is_told_with_its_share_of_a_full_batch(capsys: pytest.CaptureFixture[str]) -> None:
     rows = table(capsys, "generate", *TINY, "--prompts", "12", "--lengths", "3-60", "--new", "2-9", "--rows", "4")
     assert [row[0] for row in rows[2:]] == ["compile and capture up to 4 rows", "decode, batch 4", "mixed prompts"]
-    assert rows[-1][-1].startswith("12 prompts of ")
-    assert rows[-1][-1].endswith("% of decoding 4 rows")
+    assert re.fullmatch(r"12 prompts of \d+ tokens, \d+ new ones; \d+% of decoding 4 rows", rows[-1][-1])
 
 
 def test_loading_writes_a_checkpoint_where_there_is_none_and_reads_it_cold_and_warm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,8 +139,7 @@ def test_a_word_that_is_no_setting_is_refused(capsys: pytest.CaptureFixture[str]
 
 
 def bench(mesh: Mesh) -> Bench:
-    spec = SMALL
-    return Bench(load_config([ROOT / "configs" / "tiny.yml"]), mesh, ARCHITECTURE, spec, Numbers(spec.vocab), None)
+    return Bench(load_config([ROOT / "configs" / "tiny.yml"]), mesh, ARCHITECTURE, SMALL, Numbers(SMALL.vocab), None)
 
 
 @pytest.mark.parametrize("layout", [Layout(tp=2), Layout(pp=2)], ids=str)
@@ -163,8 +162,7 @@ def test_more_rows_than_a_step_takes_are_refused() -> None:
 
 def test_replicas_share_the_prompts() -> None:
     options = GenerateOptions(mixture=Mixture(9, (3, 20), (2, 9), seed=0), rows=2, peer_prompts=1, peer=False, folder=None)
-    asked = options.mixture.requests(SMALL.vocab - 1)
-    tokens = sum(request.sampling.maximum_tokens for request in asked)
+    tokens = sum(request.sampling.maximum_tokens for request in options.mixture.requests(SMALL.vocab - 1))
     for rows in in_world(Layout(dp=2), lambda mesh: list(measure_generation(bench(mesh), options))):
         assert (rows[-1].rate or 0) * (rows[-1].seconds or 0) == pytest.approx(tokens)
 
@@ -175,7 +173,7 @@ def test_random_weights_give_finite_logits_and_never_the_last_row_of_the_vocabul
     assert found.isfinite().all()
     assert found.std() > 0.01
     numbers = Numbers(SMALL.vocab)
-    assert (numbers.vocab_size, numbers.eod) == (SMALL.vocab - 1, SMALL.vocab - 1)
+    assert numbers.vocab_size == numbers.eod == SMALL.vocab - 1
     assert numbers.encode(numbers.decode([3, 1, 4])) == [3, 1, 4] == numbers.encode_batch(["3 1 4"])[0]
 
 
