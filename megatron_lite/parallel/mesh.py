@@ -17,6 +17,7 @@ from torch.autograd.function import FunctionCtx
 
 from megatron_lite.errors import LayoutError
 from megatron_lite.parallel.layout import Layout
+from megatron_lite.parallel.reach import heed_reach
 
 T = TypeVar("T")
 
@@ -87,10 +88,32 @@ class Axis:
     def send(self, x: Tensor, *, to: int) -> None:
         dist.send(x.contiguous(), self.ranks[to], group=self.group)
 
+    def send_later(self, x: Tensor, *, to: int) -> "Later":
+        """Sends without waiting until it has arrived; x must not change before."""
+        x = x.contiguous()
+        return Later(dist.isend(x, self.ranks[to], group=self.group), x)
+
+    def share_later(self, x: Tensor, *, source: int) -> "Later":
+        """As `share`, without waiting: x must not be touched before."""
+        return Later(dist.broadcast(x, self.ranks[source], group=self.group, async_op=True), x)
+
     def receive(self, like: Tensor, *, source: int) -> Tensor:
         """Fills `like` with what rank `source` of the axis sends."""
         dist.recv(like, self.ranks[source], group=self.group)
         return like
+
+
+@dataclass(frozen=True)
+class Later:
+    """Something under way between ranks, and the tensor that it reads or writes."""
+
+    work: dist.Work | None
+    tensor: Tensor
+
+    def wait(self) -> None:
+        """What this device is told from now on comes after it."""
+        if self.work is not None:
+            self.work.wait()
 
 
 class _Sum(torch.autograd.Function):
@@ -183,6 +206,8 @@ def joined_world(*, timeout: timedelta = timedelta(minutes=30)) -> Iterator[tupl
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         torch.cuda.set_device(device)
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length, which takes longer than a step
+    if world > 1 and device.type == "cuda":
+        heed_reach()
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout, device_id=device if device.type == "cuda" else None)
     yield rank, world, device
