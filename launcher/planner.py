@@ -131,4 +131,14 @@ def remedy(planner: Planner) -> str:
     more = replace(hardware, devices=(smallest,) * MOST_DEVICES)
     plan = next(planner.fitting(_smallest_first(planner, wish, MOST_DEVICES), more), None)
     enough = f"{plan.layout.size} such GPUs would do ({plan.layout}: {gigabytes(plan.largest)} on each)" if plan else f"nor would {MOST_DEVICES} such GPUs do"
-    return f"no layout fits on what is here ({hardware.found}); {enough}"
+    return f"no layout fits on what is here ({hardware.found}); {_in_eight_bits(planner, wish)}{enough}"
+
+
+def _in_eight_bits(planner: Planner, wish: Wish) -> str:
+    """Whether weights of 8 bits would fit here."""
+    if planner.config.model.weight_quantization is not None:
+        return ""
+    model = planner.config.model.model_copy(update={"weight_quantization": "int8"})
+    smaller = replace(planner, config=replace(planner.config, model=model))
+    plan = next(smaller.fitting(_smallest_first(smaller, wish, len(planner.hardware)), rows=planner.row_choices), None)
+    return "" if plan is None else f"weight-quantization=int8 would ({plan.layout} with {_rows(plan.rows)} at once: {gigabytes(plan.largest)} a process); "

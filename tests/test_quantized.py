@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from launcher.cards import hardware_named
@@ -19,7 +20,7 @@ from megatron_lite.checkpoint.load import load_layers, open_source
 from megatron_lite.checkpoint.reader import BLOCK, Reader
 from megatron_lite.config.load import load_config
 from megatron_lite.data.tokenizer import load_tokenizer
-from megatron_lite.errors import ConfigError
+from megatron_lite.errors import ConfigError, FitError
 from megatron_lite.models.architecture import architecture_named
 from megatron_lite.models.memory import generation_footprint, layer_bytes
 from megatron_lite.models.spec import ModelSpec
@@ -177,6 +178,34 @@ def planned(name: str, gpus: str, **settings: str) -> float:
 def test_20b_is_planned_on_one_card_of_24_gb_with_2048_tokens() -> None:
     assert 23.5 < planned("20B", "RTX 3090") < 25.3
     assert 23.5 < planned("20B", "1x24GiB") < 25.3
+
+
+def test_gpt_j_is_planned_on_one_card_of_8_gb() -> None:
+    assert planned("gpt-j-6B", "1x8GiB", seq_length="1024") < 8.3
+    assert planned("gpt-j-6B", "1x8GB", seq_length="512") < 8.0
+
+
+def test_who_has_too_little_memory_is_told_that_8_bits_would_fit() -> None:
+    config = load_config([ROOT / "configs" / "20B.yml"], {"generation_batch_size": "1"})
+    with pytest.raises(FitError, match=r"no layout fits on what is here \(1 GPU found\); weight-quantization=int8 would \(pipe 1 x model 1 with 1 row at once"):
+        plan_generation(config, hardware_named("RTX3090"), 50277)
+
+
+def test_adapters_are_added_before_the_sum_is_rounded(tmp_path: Path) -> None:
+    """Rounded afterwards, what is small beside the weights would be lost."""
+    config = write_run(tmp_path, tp=1)
+    adapters, module = tmp_path / "adapters", "base_model.model.gpt_neox.layers.1.attention.dense"
+    adapters.mkdir()
+    a, b = torch.randn(2, BYTES.hidden) * 0.05, torch.randn(BYTES.hidden, 2) * 0.05
+    save_file({f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}, adapters / "adapter_model.safetensors")
+    stated = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["dense"], "base_model_name_or_path": None}
+    (adapters / "adapter_config.json").write_text(json.dumps(stated))
+    settings = {"lora_load": str(adapters)}
+    exact, rough = (load_stage(prepare(load_config([config], {**settings, **more}), single_mesh())) for more in ({}, {"weight_quantization": "int8"}))
+    whole, held = (stage.layers[3].get_submodule("attention.dense") for stage in (exact, rough))
+    assert isinstance(whole, nn.Linear)
+    assert isinstance(held, Quantized)
+    assert torch.equal(held.weight, rounded(whole.weight, row_scale(whole.weight, Axis("tp"))))
 
 
 def test_training_refuses_weights_of_8_bits() -> None:
