@@ -11,8 +11,8 @@ from megatron_lite.errors import FitError
 from megatron_lite.inference.continuous import ContinuousDecoder
 from megatron_lite.inference.paged import PAGE, FreePages, PagedCache, page_bytes, pages_for
 from megatron_lite.inference.request import Completion, Request
-from megatron_lite.inference.step import Slots, Stepper
 from megatron_lite.inference.sample import Rules
+from megatron_lite.inference.step import Stepper
 from megatron_lite.models.spec import ModelSpec
 from megatron_lite.parallel.layout import Layout
 from megatron_lite.parallel.mesh import Mesh, single_mesh
@@ -32,9 +32,8 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Stage:
 
 def serve(stage: Stage, asked: Sequence[Request], *, spec: ModelSpec = SPEC, rows: int = 4, pages: int = 40, tokens: int = 100) -> list[Completion]:
     """The completions in the order of their prompts."""
-    slots = Slots.empty(rows, longest=spec.max_positions, device=stage.mesh.device)
-    stepper = Stepper(stage, spec, words=512, slots=slots, pages=pages)
-    decoder = ContinuousDecoder(stepper, TOKENIZER, context=spec.max_positions, tokens=tokens)
+    stepper = Stepper(stage, spec, words=512, pages=pages)
+    decoder = ContinuousDecoder(stepper, TOKENIZER, context=spec.max_positions, rows=rows, tokens=tokens)
     found = sorted(decoder.complete(asked), key=lambda completion: completion.request.id)
     assert len(decoder.free) == pages - 1, "every page is given back"
     return found
@@ -71,7 +70,9 @@ def test_few_pages_make_prompts_wait_and_change_nothing(stage: Stage) -> None:
 
 def test_a_prompt_that_no_cache_can_hold_is_refused_before_anything_is_computed(stage: Stage) -> None:
     asked = requests(PROMPTS, maximum_tokens=25)
-    with pytest.raises(FitError, match=r"prompt 4 with its completion needs 3 pages of the cache, and 2 fit in the memory of cpu; use a smaller maximum_tokens"):
+    with pytest.raises(
+        FitError, match=r"prompt 4 with its completion needs 3 pages of the cache, and 2 fit in the memory of cpu; use a smaller maximum_tokens"
+    ):
         serve(stage, asked, pages=3)
 
 
@@ -92,8 +93,7 @@ def test_a_stop_string_and_an_end_of_text_end_a_row_and_the_others_go_on(tmp_pat
 
 
 def test_rows_are_told_token_by_token(stage: Stage) -> None:
-    slots = Slots.empty(4, longest=192, device=torch.device("cpu"))
-    decoder = ContinuousDecoder(Stepper(stage, SPEC, words=512, slots=slots, pages=40), TOKENIZER, context=192, tokens=100)
+    decoder = ContinuousDecoder(Stepper(stage, SPEC, words=512, pages=40), TOKENIZER, context=192, rows=4, tokens=100)
     seen: dict[int, list[int]] = {}
     asked = requests(PROMPTS, maximum_tokens=5)
     done = {each.request.id: each for each in decoder.complete(asked, watch=lambda row, tokens: seen.__setitem__(row, list(tokens)))}
@@ -108,15 +108,17 @@ def test_every_kind_of_model_decodes_from_pages(changes: dict[str, object], tmp_
     assert told(serve(other, asked, spec=spec)) == told(complete(other, asked, spec=spec))
 
 
-def test_ranks_that_share_a_model_serve_the_same_text(tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(pp=2), Layout(pp=4), Layout(pp=2, tp=2)], ids=str)
+@pytest.mark.parametrize("rows", [1, 5])
+def test_ranks_that_share_a_model_serve_the_same_text(layout: Layout, rows: int, tmp_path: Path) -> None:
     saved = write_random(tmp_path, SPEC, tp=2)
     asked = requests(PROMPTS, maximum_tokens=9, temperature=0.7)
 
     def run(mesh: Mesh) -> list[tuple[int, str | None, int, bool, str | None]]:
-        return told(serve(load(saved, SPEC, mesh), asked))
+        return told(serve(load(saved, SPEC, mesh), asked, rows=rows))
 
-    one, two = in_world(Layout(tp=2), run)
-    assert one == two == told(complete(load(saved, SPEC, single_mesh()), asked, spec=SPEC))
+    expected = told(complete(load(saved, SPEC, single_mesh()), asked, spec=SPEC))
+    assert all(found == expected for found in in_world(layout, run))
 
 
 def test_the_likeliest_token_is_found_without_gathering_logits(tmp_path: Path) -> None:
@@ -126,8 +128,7 @@ def test_the_likeliest_token_is_found_without_gathering_logits(tmp_path: Path) -
     whole[0, 515], whole[1, 3], whole[2, 511] = 100.0, torch.nan, 50.0
 
     def run(mesh: Mesh) -> tuple[list[int], list[int]]:
-        slots = Slots.empty(5, longest=64, device=mesh.device)
-        stepper = Stepper(load(saved, SPEC, mesh), SPEC, words=512, slots=slots, pages=2)
+        stepper = Stepper(load(saved, SPEC, mesh), SPEC, words=512, pages=2)
         mine = whole.chunk(mesh.tp.size, -1)[mesh.tp.index].contiguous()
         greedy = Rules.of(requests(["a"] * 5), device=mesh.device)
         return stepper.likeliest(mine).tolist(), stepper.pick(mine, greedy).tolist()
@@ -141,7 +142,8 @@ def test_the_likeliest_token_is_found_without_gathering_logits(tmp_path: Path) -
 def test_pages_are_given_out_once_and_the_first_one_never() -> None:
     free = FreePages(5)
     taken = free.take(4)
-    assert sorted(taken) == [1, 2, 3, 4] and len(free) == 0
+    assert sorted(taken) == [1, 2, 3, 4]
+    assert len(free) == 0
     free.give_back(taken[1:3])
     assert sorted(free.take(2)) == sorted(taken[1:3])
     assert [pages_for(tokens) for tokens in (1, PAGE, PAGE + 1)] == [1, 1, 2]

@@ -1,4 +1,4 @@
-"""The step of continuous batching captured in CUDA graphs, one for each size of batch: the same numbers as the plain step, without its launches."""
+"""The steps of continuous batching captured in CUDA graphs, one for each size of batch: the same numbers as the plain steps, without their launches."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ from megatron_lite.inference.kernels.exchange import gather_offers, packets, pro
 from megatron_lite.inference.paged import FilledPast, PagedPast
 from megatron_lite.inference.reading import Readings
 from megatron_lite.inference.sample import Rules
-from megatron_lite.inference.step import Slots, Stepper
+from megatron_lite.inference.step import Arrival, Slots, Stepper
 from megatron_lite.models.spec import ModelSpec
 from megatron_lite.parallel.layers import LayerNorm, VocabularyEmbedding
 from megatron_lite.parallel.peers import connect
 from megatron_lite.parallel.stage import Stage
 
-SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Batches that are captured; others run in the next larger one, with empty slots."""
 
 
@@ -42,70 +42,71 @@ class KernelPast(PagedPast):
 class CapturedStepper(Stepper):
     """A Stepper on a GPU. Blocks with parallel residuals run as fused ones, others as they are."""
 
-    def __init__(self, stage: Stage, spec: ModelSpec, *, words: int, slots: Slots, pages: int) -> None:
-        super().__init__(stage, spec, words=words, slots=slots, pages=pages)
-        self.steps: dict[tuple[int, bool], Captured] = {}
-        self.scratches: dict[int, Scratch] = {}
-        mesh = stage.mesh
+    def __init__(self, stage: Stage, spec: ModelSpec, *, words: int, pages: int) -> None:
+        super().__init__(stage, spec, words=words, pages=pages)
+        mesh, norm = stage.mesh, stage.layers.get(spec.norm_number)
         peers = connect(mesh.tp, capacity=packets(SIZES[-1], spec.hidden), programs=SIZES[-1] + 1, device=mesh.device)
         self.peers = proven(peers, mesh.tp, width=spec.hidden, dtype=stage.dtype)
+        last = norm.norm if norm is not None and isinstance(norm.norm, LayerNorm) else None
         blocks = [stage.layers[number] for number in self.cache.keys]
-        self.pool = torch.cuda.graph_pool_handle() if mesh.device.type == "cuda" else (0, 0)
-        self.readings = Readings(self._behind, lambda begin: self._capture(begin, lambda logits: logits).replay, mesh.device)
-        last = stage.layers[spec.norm_number].norm
-        self.stack = FusedStack.of(blocks, last if isinstance(last, LayerNorm) else None, tp=mesh.tp, peers=self.peers)
+        self.stack = FusedStack.of(blocks, last, tp=mesh.tp, peers=self.peers) if last or norm is None else None
+        self.graphs = Graphs(mesh.device)
+        self.readings = Readings(self._read, self.graphs.capture, mesh.device)
+        self.scratches: dict[int, Scratch] = {}
 
-    def advance(self, rows: int, rules: Rules) -> Tensor:
+    def advance(self, slots: Slots, rows: int, rules: Rules) -> Arrival:
+        if self.mesh.pp.size > 1 or not rules.is_greedy:
+            return super().advance(slots, rows, rules)
         size = size_for(rows)
-        if rules.is_greedy:
-            return self._captured(size, is_greedy=True).replay()[:rows]
-        chosen = self.pick(self._captured(size, is_greedy=False).replay()[:rows], rules)
-        self.slots.tokens[:rows] = chosen.clamp(min=0)
+        slots.coming = None  # the graph itself leaves its tokens in their slots
+        return Arrival(
+            self.graphs.replay((slots.number, size, True), lambda: self._rows(slots, size, slots.tokens[:size]), lambda out: self._move(slots, out))[:rows]
+        )
+
+    def _move(self, slots: Slots, logits: Tensor) -> Tensor:
+        chosen = self.likeliest(logits)
+        slots.tokens[: len(chosen)] = chosen.clamp(min=0)
+        slots.lengths[: len(chosen)] += slots.going[: len(chosen)]
         return chosen
 
-    def _captured(self, size: int, *, is_greedy: bool) -> "Captured":
-        if (size, is_greedy) not in self.steps:
-            self.steps[size, is_greedy] = self._capture(lambda: self.logits(size), self._greedy(size) if is_greedy else self._moved(size))
-        return self.steps[size, is_greedy]
+    def through_rows(self, slots: Slots, rows: int, x: Tensor) -> Tensor:
+        size = size_for(rows)
+        key = (slots.number, size, False)
+        if key not in self.graphs.inputs:
+            self.graphs.inputs[key] = x.new_zeros(size, *x.shape[1:])
+        place = self.graphs.inputs[key]
+        place[:rows] = x
+        return self.graphs.replay(key, lambda: self._rows(slots, size, place), lambda out: out)[:rows]
 
-    def _capture(self, begin: Callable[[], Tensor], finish: Callable[[Tensor], Tensor]) -> "Captured":
-        return Captured.of(begin, finish, pool=self.pool)
+    def through_prompts(self, x: Tensor, pasts: Mapping[int, FilledPast], last: Tensor) -> Tensor:
+        return self.readings.read(x, pasts, last) if self.mesh.pp.size == 1 else self._read(x, pasts, last)
+
+    def gathered(self, offers: Tensor) -> Tensor:
+        return super().gathered(offers) if self.peers is None else gather_offers(offers, self.peers)
+
+    def past(self, slots: Slots, number: int, rows: int) -> KernelPast:
+        plain = super().past(slots, number, rows)
+        return KernelPast(plain.keys, plain.values, plain.table, plain.lengths, self._scratch(rows))
 
     def close(self) -> None:
         """Lets go of the graphs: a communicator that one of them uses cannot be closed."""
         torch.cuda.synchronize()
-        self.steps.clear()
+        self.graphs.clear()
         self.readings.replays.clear()
 
-    def _greedy(self, size: int) -> Callable[[Tensor], Tensor]:
-        def finish(logits: Tensor) -> Tensor:
-            chosen = self.likeliest(logits)
-            self.move(size, chosen)
-            return chosen
-
-        return finish
-
-    def _moved(self, size: int) -> Callable[[Tensor], Tensor]:
-        def finish(logits: Tensor) -> Tensor:
-            self.slots.lengths[:size] += self.slots.going[:size]
-            return logits
-
-        return finish
-
-    def logits(self, rows: int) -> Tensor:
+    def _rows(self, slots: Slots, rows: int, x: Tensor) -> Tensor:
+        """One token a row: tokens [b] or states [b d] -> states [b d] or logits [b v]."""
         if self.stack is None:
-            return super().logits(rows)
-        x = self._embedding().share(self.slots.tokens[:rows])
-        return self._head(self.stack.run(x, [self.past(number, rows) for number in self.cache.keys], self._scratch(rows)))
+            return super().through_rows(slots, rows, x)
+        x, is_share = (self._embedding().share(x), True) if self.mesh.pp.is_first else (x, False)
+        out = self.stack.run(x, [self.past(slots, number, rows) for number in self.cache.keys], self._scratch(rows), is_share=is_share)
+        return self._head(out) if self.mesh.pp.is_last else out[0]
 
-    def logits_behind(self, tokens: Tensor, pasts: Mapping[int, FilledPast], last: Tensor) -> Tensor:
-        return self.readings.read(tokens, pasts, last)
-
-    def _behind(self, tokens: Tensor, pasts: Mapping[int, FilledPast], last: Tensor) -> Tensor:
+    def _read(self, x: Tensor, pasts: Mapping[int, FilledPast], last: Tensor) -> Tensor:
         if self.stack is None:
-            return super().logits_behind(tokens, pasts, last)
-        x = self.stage.layers[0](tokens.unsqueeze(0)).squeeze(0)
-        return self._head(self.stack.read(x, list(pasts.values()), last))
+            return super().through_prompts(x, pasts, last)
+        x = self._embedding()(x) if self.mesh.pp.is_first else x
+        return self._head(self.stack.read(x, list(pasts.values()), last)) if self.mesh.pp.is_last else self.stack.pass_on(x, list(pasts.values()))
 
     def _head(self, normed: Tensor) -> Tensor:
         """[c b d] -> [b v]; several copies where the norms of the saved ranks differ."""
@@ -117,38 +118,45 @@ class CapturedStepper(Stepper):
         assert isinstance(embedding, VocabularyEmbedding)
         return embedding
 
-    def gathered(self, offers: Tensor) -> Tensor:
-        return super().gathered(offers) if self.peers is None else gather_offers(offers, self.peers)
-
-    def past(self, number: int, rows: int) -> KernelPast:
-        plain = super().past(number, rows)
-        return KernelPast(plain.keys, plain.values, plain.table, plain.lengths, self._scratch(rows))
-
     def _scratch(self, rows: int) -> Scratch:
         """Its counts return to 0 after every launch, so that all blocks share it."""
         if rows not in self.scratches:
-            tp, spec = self.stage.mesh.tp.size, self.spec
-            self.scratches[rows] = Scratch.empty(rows, spec.heads // tp, max(1, spec.kv_heads // tp), spec.head_dim, self.stage.mesh.device)
+            tp, spec = self.mesh.tp.size, self.spec
+            self.scratches[rows] = Scratch.empty(rows, spec.heads // tp, max(1, spec.kv_heads // tp), spec.head_dim, self.mesh.device)
         return self.scratches[rows]
 
 
-@dataclass(frozen=True)
-class Captured:
-    """A graph, and where it leaves what it computes."""
+Key = tuple[int, int, bool]
 
-    graph: torch.cuda.CUDAGraph
-    result: Tensor
 
-    @classmethod
-    def of(cls, begin: Callable[[], Tensor], finish: Callable[[Tensor], Tensor], *, pool: tuple[int, int]) -> "Captured":
-        """Captures finish(begin()). `begin` runs once before, to compile its kernels; it may be repeated, `finish` not."""
+class Graphs:
+    """Captured work, and where each leaves what it computes. All share one pool of memory: they run one after the other."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self.captured: dict[Key, Callable[[], Tensor]] = {}
+        self.inputs: dict[Key, Tensor] = {}
+
+    def replay(self, key: Key, begin: Callable[[], Tensor], finish: Callable[[Tensor], Tensor]) -> Tensor:
+        """What finish(begin()) computes, which is captured when it is wanted for the first time."""
+        if key not in self.captured:
+            self.captured[key] = self.capture(begin, finish)
+        return self.captured[key]()
+
+    def capture(self, begin: Callable[[], Tensor], finish: Callable[[Tensor], Tensor] = lambda out: out) -> Callable[[], Tensor]:
+        """`begin` runs once before, to compile its kernels; it may be repeated, `finish` not."""
         begin()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             result = finish(begin())
-        return cls(graph, result)
 
-    def replay(self) -> Tensor:
-        self.graph.replay()
-        return self.result
+        def replay() -> Tensor:
+            graph.replay()
+            return result
+
+        return replay
+
+    def clear(self) -> None:
+        self.captured.clear()
+        self.inputs.clear()

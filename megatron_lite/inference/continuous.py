@@ -1,5 +1,5 @@
 """Continuous batching: prompts of any length share every step, and a row that ends makes room for the next prompt at once. The device is always given the
-next step before the tokens of the last one are looked at."""
+next step before the tokens of the last one are looked at, and every stage of a pipeline has a group of rows of its own to work on."""
 
 import time
 from collections import deque
@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from megatron_lite.errors import FitError
+from megatron_lite.inference.flight import Courier, Flight
 from megatron_lite.inference.paged import FreePages, pages_for
 from megatron_lite.inference.request import Codec, Completion, Request
 from megatron_lite.inference.rows import Row, Scribe, uniform_numbers
 from megatron_lite.inference.sample import Rules
 from megatron_lite.inference.segments import to_device
-from megatron_lite.inference.step import Stepper
+from megatron_lite.inference.step import Slots, Stepper
 
 Watch = Callable[[int, list[int]], None]
 """Told the row and its tokens so far, after every token."""
@@ -46,33 +47,31 @@ class Served(Row):
         return uniform_numbers(self.request, self.limit) if self.request.sampling.temperature else np.zeros(self.limit)
 
 
-@dataclass(frozen=True)
-class Flight:
-    """A step that the device works on: whose tokens these are, and when they are there."""
+@dataclass
+class Group:
+    """Rows that take their steps together."""
 
-    rows: Sequence[Served]
-    tokens: Tensor
-    arrived: torch.cuda.Event | None
-
-    def land(self) -> list[int]:
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        return self.tokens.tolist()
+    slots: Slots
+    rules: Rules
+    rows: list[Served] = field(default_factory=list)
+    flights: deque[Flight[Served]] = field(default_factory=deque)
 
 
 class ContinuousDecoder:
-    """Continues prompts with one model. Every rank calls it with the same requests and gets the same completions. `tokens` prompt tokens are read at once."""
+    """Continues prompts with one model. Every rank calls it with the same requests and gets the same completions. `rows` prompts with texts of up to `context`
+    tokens share the steps, of which `tokens` are read at once; a pipeline works on as many groups of them as it has stages."""
 
-    def __init__(self, stepper: Stepper, tokenizer: Codec, *, context: int, tokens: int) -> None:
+    def __init__(self, stepper: Stepper, tokenizer: Codec, *, context: int, rows: int, tokens: int) -> None:
         self.stepper = stepper
         self.scribe = Scribe(tokenizer, stepper.spec.dtype)
         self.context = context
         self.most_tokens = tokens
-        self.device = stepper.stage.mesh.device
-        self.most = len(stepper.slots.tokens)
+        self.device = stepper.mesh.device
+        self.courier = Courier(self.device)
         self.free = FreePages(stepper.pages)
-        self.rows: list[Served] = []
-        self.rules = Rules.of([], device=self.device)
+        count = min(rows, stepper.mesh.pp.size)
+        self.most = -(-rows // count)  # in a group
+        self.groups = [Group(Slots.empty(self.most, longest=context, device=self.device), Rules.of([], device=self.device)) for _ in range(count)]
 
     @torch.inference_mode()
     def complete(self, requests: Sequence[Request], *, watch: Watch | None = None) -> Iterator[Completion]:
@@ -84,18 +83,20 @@ class ContinuousDecoder:
             row.seconds = time.monotonic() - started
             yield self.scribe.completion(row)
 
+    def close(self) -> None:
+        self.stepper.close()
+
     def _serve(self, rows: Sequence[Served], watch: Watch | None) -> Iterator[Row]:
         yield from (row for row in rows if row.limit <= 0)
         waiting = deque(row for row in rows if row.limit > 0)
         self._check(waiting)
-        flights: deque[Flight] = deque()
-        while waiting or self.rows or flights:
-            if flight := self._admit(waiting):
-                flights.append(flight)
-            if self.rows:
-                flights.append(self._step())
-            while flights and (len(flights) > 1 or not self.rows):
-                yield from self._land(flights.popleft(), watch)
+        while waiting or any(group.rows or group.flights for group in self.groups):
+            for group in self.groups:
+                self._admit(group, waiting)
+                if group.rows:
+                    self._step(group)
+                while group.flights and (len(group.flights) > 1 or not group.rows):
+                    yield from self._land(group, watch)
 
     def _check(self, rows: Sequence[Served]) -> None:
         longest = max(rows, key=lambda row: row.needs, default=None)
@@ -105,11 +106,12 @@ class ContinuousDecoder:
                 f"of {self.device}; use a smaller maximum_tokens, or spread the model over more GPUs"
             )
 
-    def _admit(self, waiting: deque[Served]) -> Flight | None:
-        """Reads the prompts for which there is room, if they are worth a pass."""
-        room = self.most - len(self.rows)
+    def _admit(self, group: Group, waiting: deque[Served]) -> None:
+        """Reads the prompts for which there is room, if they are worth a pass. Where there are few, every group gets some."""
+        here = min(self.most, len(group.rows) + -(-len(waiting) // len(self.groups)))
+        room = here - len(group.rows)
         if room < min(len(waiting), max(1, self.most // 16)):
-            return None
+            return
         coming: list[Served] = []
         tokens = pages = 0
         while waiting and len(coming) < room:
@@ -118,38 +120,42 @@ class ContinuousDecoder:
             if pages > len(self.free) or (coming and tokens > self.most_tokens):
                 break
             coming.append(waiting.popleft())
-        if not coming:
-            return None
+        if coming:
+            self._read(group, coming)
+
+    def _read(self, group: Group, coming: list[Served]) -> None:
         for row in coming:
             row.pages = self.free.take(row.needs)
         rules = self._rules_of(coming)
-        chosen = self.stepper.read([row.request.tokens for row in coming], [row.pages for row in coming], rules)
+        arrival = self.stepper.read([row.request.tokens for row in coming], [row.pages for row in coming], rules)
         for row in coming:
             row.begun = 1
-        flight = self._watched(coming, chosen)
-        self._settle([*self.rows, *coming], torch.cat([self.stepper.slots.tokens[: len(self.rows)], chosen]))
-        return flight
+        group.flights.append(self.courier.send(coming, arrival))
+        before = group.slots.known()[: len(group.rows)]
+        self._settle(group, [*group.rows, *coming], torch.cat([before, arrival.ready().clamp(min=0)]))
 
-    def _step(self) -> Flight:
+    def _step(self, group: Group) -> None:
         """One more token for every row."""
-        rules = self.rules if self.rules.is_greedy else self.rules.at(self._draws(self.rows))
-        chosen = self.stepper.advance(len(self.rows), rules)
-        for row in self.rows:
+        rules = group.rules if group.rules.is_greedy else group.rules.at(self._draws(group.rows))
+        arrival = self.stepper.advance(group.slots, len(group.rows), rules)
+        for row in group.rows:
             row.begun += 1
-        flight = self._watched(self.rows, chosen)
-        self._settle(self.rows, self.stepper.slots.tokens[: len(self.rows)])
-        return flight
+        group.flights.append(self.courier.send(group.rows, arrival))
+        self._settle(group, group.rows)
 
-    def _settle(self, rows: Sequence[Served], tokens: Tensor) -> None:
-        """Keeps the rows that go on, and gives back what the others held: the device does what it is told in order, so nobody reads it any more."""
+    def _settle(self, group: Group, rows: Sequence[Served], tokens: Tensor | None = None) -> None:
+        """Keeps the rows that go on, and gives back what the others held: the device does what it is told in order, so nobody reads it any more. `tokens`
+        are the last ones of the rows, where they are not those of the group."""
         staying = [index for index, row in enumerate(rows) if row.begun < row.limit and not row.has_ended]
-        if len(staying) == len(rows) == len(self.rows):
+        if len(staying) == len(rows) == len(group.rows):
             return
         gone = set(range(len(rows))) - set(staying)
         self.free.give_back(page for index in sorted(gone) for page in rows[index].pages)
         kept = [rows[index] for index in staying]
-        self.stepper.slots.fill(tokens[to_device(staying, self.device)], [row.length for row in kept], [row.pages for row in kept])
-        self.rows, self.rules = kept, self._rules_of(kept)
+        if kept:
+            tokens = group.slots.known() if tokens is None else tokens
+            group.slots.fill(tokens[to_device(staying, self.device)], [row.length for row in kept], [row.pages for row in kept])
+        group.rows, group.rules = kept, self._rules_of(kept)
 
     def _rules_of(self, rows: Sequence[Served]) -> Rules:
         rules = Rules.of([row.request for row in rows], device=self.device)
@@ -158,18 +164,10 @@ class ContinuousDecoder:
     def _draws(self, rows: Sequence[Served]) -> Tensor:
         return to_device([float(row.draws[row.begun]) for row in rows], self.device, torch.float64)
 
-    def _watched(self, rows: Sequence[Served], chosen: Tensor) -> Flight:
-        if self.device.type != "cuda":
-            return Flight(rows, chosen, None)
-        tokens = torch.empty(chosen.shape, dtype=chosen.dtype, pin_memory=True)
-        tokens.copy_(chosen, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
-        return Flight(rows, tokens, arrived)
-
-    def _land(self, flight: Flight, watch: Watch | None) -> Iterator[Row]:
+    def _land(self, group: Group, watch: Watch | None) -> Iterator[Row]:
         """Takes down the tokens; rows that end are yielded, and make room. What the device found for a row behind its end is forgotten."""
         ended = False
+        flight = group.flights.popleft()
         for row, token in zip(flight.rows, flight.land(), strict=True):
             if row.is_done:
                 continue
@@ -180,4 +178,4 @@ class ContinuousDecoder:
                 ended = True
                 yield row
         if ended:
-            self._settle(self.rows, self.stepper.slots.tokens[: len(self.rows)])
+            self._settle(group, group.rows)

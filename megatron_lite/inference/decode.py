@@ -18,20 +18,32 @@ from megatron_lite.parallel.stage import Stage
 Watch = Callable[[int, list[int]], None]
 """Told the row and its tokens so far, after every token."""
 
+
 class Decoder:
     """Continues prompts with one model. Every rank calls it with the same requests and gets the same completions."""
 
-    def __init__(self, stage: Stage, spec: ModelSpec, tokenizer: Codec, *, context: int, keep_logits: bool = False, recompute: bool = False) -> None:
+    def __init__(
+        self, stage: Stage, spec: ModelSpec, tokenizer: Codec, *, context: int, rows: int | None = None, keep_logits: bool = False, recompute: bool = False
+    ) -> None:  # fmt: skip
         self.stage = stage
         self.spec = spec
         self.tokenizer = tokenizer
         self.scribe = Scribe(tokenizer, spec.dtype, keep_logits)
         self.context = context
+        self.rows = rows
         self.keep_logits = keep_logits
         self.recompute = recompute
 
     def complete(self, requests: Sequence[Request], *, watch: Watch | None = None) -> Iterator[Completion]:
-        """Completions as they finish. Prompts must not be longer than the context. `watch` sees every row's tokens grow."""
+        """Completions as they finish, `rows` prompts after the other. Prompts must not be longer than the context. `watch` sees every row's tokens grow."""
+        size = self.rows or len(requests) or 1
+        for first in range(0, len(requests), size):
+            yield from self._complete(requests[first : first + size], watch)
+
+    def close(self) -> None:
+        """Nothing outlives this."""
+
+    def _complete(self, requests: Sequence[Request], watch: Watch | None) -> Iterator[Completion]:
         started = time.monotonic()
         rows = [Row(request, min(request.sampling.maximum_tokens, self.context - len(request.tokens))) for request in requests]
         for row in rows:

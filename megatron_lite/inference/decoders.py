@@ -1,6 +1,7 @@
 """Which way of decoding serves a run: continuous batching with captured steps on GPUs, the plain path elsewhere."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -11,7 +12,6 @@ from megatron_lite.inference.decode import Decoder
 from megatron_lite.inference.paged import page_bytes, pages_for
 from megatron_lite.inference.request import Codec, Completion, Request
 from megatron_lite.inference.score import tokens_at_once
-from megatron_lite.inference.step import Slots
 from megatron_lite.models.spec import ModelSpec
 from megatron_lite.parallel.budget import free_memory
 from megatron_lite.parallel.stage import Stage
@@ -29,20 +29,37 @@ class Completer(Protocol):
         """Completions as they finish; every rank calls it with the same requests."""
         ...
 
+    def close(self) -> None:
+        """Lets go of what must not outlive the communicators."""
+        ...
 
-def plain_decoder(stage: Stage, spec: ModelSpec, tokenizer: Codec, *, context: int, rows: int) -> Completer:
-    return Decoder(stage, spec, tokenizer, context=context)
+
+@dataclass(frozen=True)
+class Load:
+    """What is to be served: texts of up to `context` tokens, `rows` of them at once where that is said; the longest of the prompts with its completion has
+    `tokens`."""
+
+    context: int
+    rows: int | None = None
+    tokens: int | None = None
 
 
-def continuous_decoder(stage: Stage, spec: ModelSpec, tokenizer: Codec, *, context: int, rows: int, tokens: int | None = None) -> ContinuousDecoder:
-    """Serves up to `rows` rows at once, as far as their `tokens` tokens (of one prompt with its completion each, or the context) fit in memory."""
-    from megatron_lite.inference.captured import CapturedStepper
+def decoder_for(stage: Stage, spec: ModelSpec, tokenizer: Codec, load: Load) -> Completer:
+    """The fastest decoder for this device."""
+    if stage.mesh.device.type == "cuda":
+        return continuous_decoder(stage, spec, tokenizer, load)
+    return Decoder(stage, spec, tokenizer, context=load.context, rows=load.rows)
 
-    device = stage.mesh.device
-    slots = Slots.empty(rows, longest=context, device=device)
-    pages = 1 + min(rows * pages_for(tokens or context), _pages_that_fit(stage, spec))
-    stepper = CapturedStepper(stage, spec, words=tokenizer.vocab_size, slots=slots, pages=pages)
-    return ContinuousDecoder(stepper, tokenizer, context=context, tokens=min(MOST_TOKENS, tokens_at_once(spec, stage.mesh.tp.size, device)))
+
+def continuous_decoder(stage: Stage, spec: ModelSpec, tokenizer: Codec, load: Load) -> ContinuousDecoder:
+    """Serves as many rows at once as are wanted, and as fit in memory."""
+    from megatron_lite.inference.captured import SIZES, CapturedStepper
+
+    rows = min(load.rows or MOST_ROWS, SIZES[-1] * stage.mesh.pp.size)
+    pages = 1 + min(rows * pages_for(load.tokens or load.context), _pages_that_fit(stage, spec))
+    stepper = CapturedStepper(stage, spec, words=tokenizer.vocab_size, pages=pages)
+    tokens = min(MOST_TOKENS, tokens_at_once(spec, stage.mesh.tp.size, stage.mesh.device))
+    return ContinuousDecoder(stepper, tokenizer, context=load.context, rows=rows, tokens=tokens)
 
 
 def _pages_that_fit(stage: Stage, spec: ModelSpec) -> int:
@@ -51,7 +68,8 @@ def _pages_that_fit(stage: Stage, spec: ModelSpec) -> int:
     free = free_memory(mesh.device)
     blocks = sum(2 <= number < spec.norm_number for number in stage.layers)
     pages = int(free * (1 - LEFT_FREE)) // page_bytes(spec, blocks=blocks, tp=mesh.tp.size)
-    pages = int(-float(mesh.tp.maximum(torch.tensor(-float(pages), device=mesh.device))))
+    for axis in (mesh.tp, mesh.pp):
+        pages = int(-float(axis.maximum(torch.tensor(-float(pages), device=mesh.device))))
     if pages < pages_for(1) + 1:
         raise FitError(f"beside the weights {free / 1e9:.1f} GB of {mesh.device} are free, too little for a cache; spread the model over more GPUs")
     return pages

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from megatron_lite.inference.kernels.attention import Scratch, Turn, attend_pages
 from megatron_lite.inference.kernels.exchange import sum_and_norm
-from megatron_lite.inference.kernels.linear import Projection, combine, project
+from megatron_lite.inference.kernels.linear import MOST_ROWS, Projection, combine, project
 from megatron_lite.inference.kernels.norm import add_and_norm
 from megatron_lite.inference.kernels.prompt import place_prompts
 from megatron_lite.inference.paged import FilledPast, PagedPast
@@ -20,6 +20,7 @@ from megatron_lite.parallel.adapter import Adapted
 from megatron_lite.parallel.layers import LayerNorm, columns
 from megatron_lite.parallel.mesh import Axis
 from megatron_lite.parallel.peers import Peers
+from megatron_lite.parallel.quantized import dequantized, scales_of
 
 # b rows, d hidden size, h heads on this rank, c copies of norms
 
@@ -58,6 +59,8 @@ class FusedBlock:
     head_dim: int
     turn: Turn | None
     activation: str
+    first_scales: tuple[Tensor, Tensor] | None = None
+    second_scales: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def of(cls, block: nn.Module) -> "FusedBlock | None":
@@ -79,11 +82,29 @@ class FusedBlock:
             (attention.query_key_value.bias, mlp.dense_h_to_4h.bias),
             (attention.dense.weight, mlp.dense_4h_to_h.weight),
             bias,
-            None if bias is None else bias.to(attention.dense.weight.dtype),
+            None if bias is None else bias.to(block.input_layernorm.weight.dtype),
             attention.head_dim,
             turn_of(attention.rotary, attention.dense.weight.device),
             "gelu_tanh" if mlp.approximate == "tanh" else "gelu",
+            scales_of(attention.query_key_value, mlp.dense_h_to_4h),
+            scales_of(attention.dense, mlp.dense_4h_to_h),
         )
+
+    def projected(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries, keys and values [s (h 3 d)] and the MLP's inner states [s n] of any number of tokens [c s d], by the library."""
+        heads = columns(copies(normed, 0, self.norms.copies[0]), whole(self.first, self.first_scales, 0, normed), self.first_bias[0])[0]
+        states = copies(normed, self.norms.second, self.norms.copies[1])
+        return heads, activated(states, whole(self.first, self.first_scales, 1, normed), self.first_bias[1], self.activation)
+
+    def combined(self, mixed: Tensor, inner: Tensor, bias: Tensor | None) -> Tensor:
+        """This rank's term of what the block adds to the stream, by the library."""
+        expanded = F.linear(inner, whole(self.second, self.second_scales, 1, inner), bias)
+        return torch.addmm(expanded, mixed, whole(self.second, self.second_scales, 0, inner).t())
+
+
+def whole(weights: tuple[Tensor, Tensor], scales: tuple[Tensor, Tensor] | None, index: int, like: Tensor) -> Tensor:
+    """One of two matrices in the format of the states: for a moment where it is held in 8 bits."""
+    return weights[index] if scales is None else dequantized(weights[index], scales[index], like.dtype)
 
 
 def turn_of(rotary: Rotary, device: torch.device) -> Turn | None:
@@ -100,8 +121,16 @@ def copies(normed: Tensor, first: int, count: int) -> Tensor:
 def activated(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """[s n]: GELU behind a product, without a pass of its own where the library can."""
     if activation == "gelu_tanh" and x.is_cuda and x.dim() == 3 and bias is not None:
-        return torch._addmm_activation(bias, x[0], weight.t(), use_gelu=True)  # cuBLASLt's epilogue, which is the tanh form
+        return torch.ops.aten._addmm_activation(bias, x[0], weight.t(), use_gelu=True)  # cuBLASLt's epilogue, which is the tanh form
     return F.gelu(columns(x, weight, bias), approximate="tanh" if activation == "gelu_tanh" else "none")[0]
+
+
+def attended(block: FusedBlock, past: PagedPast, heads: Tensor, scratch: Scratch) -> Tensor:
+    """[b (h 3 d)] -> [b (h d)]."""
+    query, key, value = heads.view(len(heads), -1, 3, block.head_dim).unbind(2)
+    mixed = torch.empty(query.shape, dtype=heads.dtype, device=heads.device)
+    attend_pages((query, key, value), (past.keys, past.values), past.table, past.lengths, mixed, scratch, block.turn)
+    return mixed.flatten(1)
 
 
 @dataclass(frozen=True)
@@ -119,36 +148,42 @@ class FusedStack:
         known = [block for block in fused if block is not None]
         return cls(known, Norms.of(last) if last else None, tp, peers) if known and len(known) == len(fused) else None
 
-    def run(self, x: Tensor, pasts: Sequence[PagedPast], scratch: Scratch) -> Tensor:
-        """This rank's share of the embedding [b d] -> what the last norm makes of the stream [c b d], or the stream itself [1 b d]."""
+    def run(self, x: Tensor, pasts: Sequence[PagedPast], scratch: Scratch, *, is_share: bool) -> Tensor:
+        """Hidden states [b d], or this rank's share of them -> what the last norm makes of the stream [c b d], or the stream itself [1 b d]."""
         stream = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-        terms = torch.empty(SPLITS, *x.shape, dtype=torch.float32, device=x.device)
-        normed = self._summed(stream, x.unsqueeze(0), None, self.blocks[0].norms, like=x)
+        compute = self._few if len(x) <= MOST_ROWS else self._many
+        enter = self._summed if is_share else self._normed
+        normed = enter(stream, x.unsqueeze(0), None, self.blocks[0].norms, like=x)
         for index, (block, past) in enumerate(zip(self.blocks, pasts, strict=True)):
-            self._block(block, past, normed, terms, scratch)
+            terms = compute(block, past, normed, scratch)
             following = self.blocks[index + 1].norms if index + 1 < len(self.blocks) else self.last
             normed = self._summed(stream, terms, block.bias, following, like=x)
         return normed
 
     def read(self, x: Tensor, pasts: Sequence[FilledPast], last: Tensor) -> Tensor:
         """The same for the tokens [s d] of packed prompts, whose keys and values are kept: what the last norm makes of the stream at `last` [c n d]."""
+        ends = self._read_all(x, pasts)[last]
+        return self._normed(ends, ends.new_empty(0, *ends.shape), None, self.last, like=x)
+
+    def pass_on(self, x: Tensor, pasts: Sequence[FilledPast]) -> Tensor:
+        """The stream behind the last block [s d], for the next stage."""
+        return self._read_all(x, pasts).to(x.dtype)
+
+    def _read_all(self, x: Tensor, pasts: Sequence[FilledPast]) -> Tensor:
         stream = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         for block, past in zip(self.blocks, pasts, strict=True):
             x = self._read_block(block, past, self._normed(stream, x.unsqueeze(0), None, block.norms, like=x))
         self._normed(stream, x.unsqueeze(0), None, None, like=x)
-        ends = stream[last]
-        return self._normed(ends, ends.new_empty(0, *ends.shape), None, self.last, like=x)
+        return stream
 
     def _read_block(self, block: FusedBlock, past: FilledPast, normed: Tensor) -> Tensor:
         """What a block adds to the stream [s d], summed over the ranks."""
-        first, norms = block.first, block.norms
-        heads = columns(copies(normed, 0, norms.copies[0]), first[0], block.first_bias[0]).view(normed.shape[1], -1, 3, block.head_dim)
-        inner = activated(copies(normed, norms.second, norms.copies[1]), first[1], block.first_bias[1], block.activation)
+        flat, inner = block.projected(normed)
+        heads = flat.view(len(flat), -1, 3, block.head_dim)
         place_prompts(heads, (past.keys, past.values), (past.pages, past.places), past.positions[0], block.turn)
         query, key, value = heads.transpose(0, 1).unsqueeze(0).unbind(3)
         mixed = past.inner.mix(query, key, value)[0].transpose(0, 1).flatten(1)
-        out = torch.addmm(F.linear(inner, block.second[1], block.small_bias), mixed, block.second[0].t())
-        return self.tp.sum_in_place(out)
+        return self.tp.sum_in_place(block.combined(mixed, inner, block.small_bias))
 
     def _summed(self, stream: Tensor, terms: Tensor, bias: Tensor | None, norms: Norms | None, *, like: Tensor) -> Tensor:
         """Adds the sum over the ranks to the stream, and norms it."""
@@ -169,11 +204,17 @@ class FusedStack:
         add_and_norm(stream, terms, bias, scale, shift, out, eps=eps)
         return out if norms else stream.to(like.dtype).unsqueeze(0)
 
-    def _block(self, block: FusedBlock, past: PagedPast, normed: Tensor, terms: Tensor, scratch: Scratch) -> None:
+    def _few(self, block: FusedBlock, past: PagedPast, normed: Tensor, scratch: Scratch) -> Tensor:
+        """Terms of what a block adds to the stream [t b d], without its bias."""
         rows = normed.shape[1]
         heads, inner = (normed.new_empty(rows, len(weight)) for weight in block.first)
-        project(normed, block.first, block.first_bias, (heads, inner), Projection(block.norms.copies, block.norms.second, block.activation))
-        query, key, value = heads.view(rows, -1, 3, block.head_dim).unbind(2)
-        mixed = torch.empty(query.shape, dtype=heads.dtype, device=heads.device)
-        attend_pages((query, key, value), (past.keys, past.values), past.table, past.lengths, mixed, scratch, block.turn)
-        combine((mixed.flatten(1), inner), block.second, terms)
+        plan = Projection(block.norms.copies, block.norms.second, block.activation)
+        project(normed, block.first, block.first_bias, (heads, inner), plan, scales=block.first_scales)
+        terms = torch.empty(SPLITS, *normed.shape[1:], dtype=torch.float32, device=heads.device)
+        combine((attended(block, past, heads, scratch), inner), block.second, terms, scales=block.second_scales)
+        return terms
+
+    def _many(self, block: FusedBlock, past: PagedPast, normed: Tensor, scratch: Scratch) -> Tensor:
+        """The same for so many rows that the library's products are faster."""
+        heads, inner = block.projected(normed)
+        return block.combined(attended(block, past, heads, scratch), inner, None).unsqueeze(0)

@@ -4,6 +4,7 @@ import io
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +16,7 @@ from megatron_lite.data.jsonl import RecordWriter, check_writable
 from megatron_lite.data.prompts import Prompt, read_prompts
 from megatron_lite.errors import ConfigError, DataError
 from megatron_lite.inference.decode import Decoder
+from megatron_lite.inference.decoders import MOST_ROWS, Completer, Load, decoder_for
 from megatron_lite.inference.interactive import converse
 from megatron_lite.inference.request import Codec, Completion, Request, Sampling
 from megatron_lite.log import logger
@@ -32,12 +34,13 @@ def generate(run: Run) -> None:
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character does not end the run
     sampling, output = default_sampling(run.config), run.config.generation_output
     if output is None:
-        converse(run, sampling, lambda: _decoder(run))
+        converse(run, sampling, lambda: _decoder(run, Load(run.config.model.seq_length, rows=1)))
         return
     if run.mesh.is_writer:
         check_writable(output, source=run.config.generation.sample_input_file)
     requests = read_requests(run, run.config.generation_mode, sampling)
-    _write_all(run, _decoder(run), requests, output)
+    with closing(_decoder(run, _load_of(run, requests))) as decoder:
+        _write_all(run, decoder, requests, output)
 
 
 def default_sampling(config: RunConfig) -> Sampling:
@@ -48,10 +51,28 @@ def default_sampling(config: RunConfig) -> Sampling:
     return Sampling(settings.temperature, settings.top_k, settings.top_p, settings.maximum_tokens, settings.stop, config.training.seed)
 
 
-def _decoder(run: Run) -> Decoder:
+def _load_of(run: Run, requests: Sequence[Request]) -> Load:
+    """Where nobody says how many prompts are generated together, a GPU takes as many as it can."""
+    context, rows = run.config.model.seq_length, run.config.generation.generation_batch_size
+    longest = max((min(len(request.tokens) + request.sampling.maximum_tokens, context) for request in requests), default=1)
+    is_said = run.config.where("generation_batch_size") != "default" or run.mesh.device.type != "cuda"
+    return Load(context, rows if is_said else min(MOST_ROWS, len(requests)), longest)
+
+
+def _decoder(run: Run, load: Load) -> Completer:
     settings, tokenizer = run.config.generation, cast(Codec, run.tokenizer)
-    stage, context = load_stage(run), run.config.model.seq_length
-    return Decoder(stage, run.spec, tokenizer, context=context, keep_logits=settings.return_logits, recompute=settings.recompute)
+    stage = load_stage(run)
+    if settings.return_logits or settings.recompute:
+        return Decoder(
+            stage,
+            run.spec,
+            tokenizer,
+            context=load.context,
+            rows=settings.generation_batch_size,
+            keep_logits=settings.return_logits,
+            recompute=settings.recompute,
+        )
+    return decoder_for(stage, run.spec, tokenizer, load)
 
 
 def read_requests(run: Run, mode: str, sampling: Sampling) -> list[Request]:
@@ -81,9 +102,9 @@ def as_request(number: int, prompt: Prompt, tokens: Sequence[int], sampling: Sam
     return Request(number, prompt.text, tuple(tokens), replace(sampling, **own))
 
 
-def _write_all(run: Run, decoder: Decoder, requests: list[Request], output: Path) -> None:
+def _write_all(run: Run, decoder: Completer, requests: list[Request], output: Path) -> None:
     """One record a prompt, in the order of the prompts, each written as soon as it and those before it are there."""
-    completions = in_order(_complete(decoder, requests, run.config.generation.generation_batch_size))
+    completions = in_order(decoder.complete(requests))
     if not run.mesh.is_writer:
         for _ in completions:
             pass
@@ -99,11 +120,6 @@ def _write_all(run: Run, decoder: Decoder, requests: list[Request], output: Path
     seconds = time.monotonic() - started
     memory = f"; {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on this GPU" if run.mesh.device.type == "cuda" else ""
     logger.info(f"{count} prompts, {tokens} tokens in {seconds:.1f} s: {tokens / seconds:.1f} tokens/s{memory}; written to {output}")
-
-
-def _complete(decoder: Decoder, requests: list[Request], rows: int) -> Iterator[Completion]:
-    for first in range(0, len(requests), rows):
-        yield from decoder.complete(requests[first : first + rows])
 
 
 def in_order(completions: Iterator[Completion]) -> Iterator[Completion]:

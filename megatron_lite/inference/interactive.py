@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 from typing import TextIO
 
 from megatron_lite.errors import DataError, FitError, UserError
-from megatron_lite.inference.decode import Decoder
+from megatron_lite.inference.decoders import Completer
 from megatron_lite.inference.request import Request, Sampling
 from megatron_lite.run import Run
 
 QUESTION = "Context prompt >>> "
 
 
-def converse(run: Run, sampling: Sampling, load: Callable[[], Decoder]) -> None:
+def converse(run: Run, sampling: Sampling, load: Callable[[], Completer]) -> None:
     """Prompts until the end of input (Ctrl-D). What is wrong with one prompt is said and does not end the session."""
     decoder = load()
     prompts = Prompts(sys.stdin, run.config.generation.prompt_end)
@@ -62,7 +62,7 @@ def _request(run: Run, number: int, text: str, sampling: Sampling) -> Request:
     return Request(number, text, tuple(tokens), sampling)
 
 
-def _answer(run: Run, decoder: Decoder, request: Request) -> None:
+def _answer(run: Run, decoder: Completer, request: Request) -> None:
     stream = Stream(request.sampling.stop)
     writer = run.mesh.is_writer
 

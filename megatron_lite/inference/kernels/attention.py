@@ -1,6 +1,9 @@
 """Attention of one new token a row over paged keys and values, in one launch: rotary positions, the write into the cache, and the mixing, split over the
 text so that few rows fill a GPU. Lengths are read from the GPU, so that a captured launch serves any."""
 
+# pyright: reportMissingParameterType=false, reportCallIssue=false, reportReturnType=false, reportArgumentType=false, reportIndexIssue=false, reportGeneralTypeIssues=false
+# kernels are Triton's language, which is only spelled like Python
+
 from dataclasses import dataclass
 
 import torch
@@ -47,7 +50,7 @@ def splits_for(rows: int, groups: int) -> int:
 
 
 def attend_pages(
-    heads: tuple[Tensor, Tensor, Tensor], pages: tuple[Tensor, Tensor], table: Tensor, lengths: Tensor, out: Tensor, scratch: Scratch, turn: Turn | None = None, *, warps: int = 4, stages: int = 3
+    heads: tuple[Tensor, Tensor, Tensor], pages: tuple[Tensor, Tensor], table: Tensor, lengths: Tensor, out: Tensor, scratch: Scratch, turn: Turn | None = None
 ) -> None:  # fmt: skip
     """out [b h d] = what the queries [b h d] see of the keys and values in pages [pages g p d] (by table [b pages] and lengths [b]) and of their own token's
     [b g d], which are written to the cache at position lengths[b]. `heads` are queries, keys and values."""
@@ -55,6 +58,7 @@ def attend_pages(
     rows, queries, head_dim = query.shape
     groups, page = pages[0].shape[1:3]
     splits = scratch.mixed.shape[2]
+    warps, stages = (2, 2) if rows * groups >= 2048 else (4, 3) if splits == 1 else (4, 2)  # what was fastest on an H200
     _attend[(rows * groups * splits,)](
         query, key, value, *pages, table, lengths, out, scratch.mixed, scratch.totals, scratch.done,
         turn.cos if turn else query, turn.sin if turn else query,

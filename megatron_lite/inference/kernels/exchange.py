@@ -1,6 +1,9 @@
 """Sums over the GPUs of a tensor-parallel group inside a kernel: every rank writes its share into the memory of the others, each number together with the
 turn it belongs to, and adds what arrives. There is no barrier and no library call, and the norm that follows is part of the launch."""
 
+# pyright: reportMissingParameterType=false, reportCallIssue=false, reportReturnType=false, reportArgumentType=false, reportIndexIssue=false, reportGeneralTypeIssues=false
+# kernels are Triton's language, which is only spelled like Python
+
 import torch
 import triton
 import triton.language as tl

@@ -1,5 +1,8 @@
 """Launches that overlap: on Hopper and later a kernel starts while the one before it ends, fetches its weights, and only then waits for its inputs."""
 
+# pyright: reportMissingParameterType=false, reportCallIssue=false, reportReturnType=false, reportArgumentType=false, reportIndexIssue=false, reportGeneralTypeIssues=false
+# kernels are Triton's language, which is only spelled like Python
+
 from functools import cache
 
 import torch

@@ -3,6 +3,9 @@
 Weights of 8 bits are turned into the states' format as they arrive; the scales of their rows are multiplied in behind the product.
 """
 
+# pyright: reportMissingParameterType=false, reportCallIssue=false, reportReturnType=false, reportArgumentType=false, reportIndexIssue=false, reportGeneralTypeIssues=false
+# kernels are Triton's language, which is only spelled like Python
+
 from dataclasses import dataclass
 
 import torch

@@ -1,5 +1,8 @@
 """Adds what a layer computed to the residual stream and norms it for the next layer, in one launch."""
 
+# pyright: reportMissingParameterType=false, reportCallIssue=false, reportReturnType=false, reportArgumentType=false, reportIndexIssue=false, reportGeneralTypeIssues=false
+# kernels are Triton's language, which is only spelled like Python
+
 import triton
 import triton.language as tl
 from torch import Tensor

@@ -1,5 +1,8 @@
 """Turns the queries and keys of whole prompts and keeps keys and values in their pages, in one launch."""
 
+# pyright: reportMissingParameterType=false, reportCallIssue=false, reportReturnType=false, reportArgumentType=false, reportIndexIssue=false, reportGeneralTypeIssues=false
+# kernels are Triton's language, which is only spelled like Python
+
 import triton
 import triton.language as tl
 from torch import Tensor

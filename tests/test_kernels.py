@@ -1,0 +1,28 @@
+"""The GPU's kernels, number by number, in Triton's interpreter on this CPU; each claim in a process of its own, because triton must be told before it is
+imported. On a GPU the same claims hold of the compiled kernels (tests/test_gpu_decoding.py)."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed: kernels for GPUs are not interpreted here")
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def ran(script: str, *words: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-W", "ignore", ROOT / "tests" / script, *words], env=environment, capture_output=True, text=True, timeout=300)
+    return done.stdout.strip() if done.returncode == 0 else done.stderr
+
+
+@pytest.mark.parametrize("claim", ["projections", "norms", "attention", "blocks"])
+def test_a_kernel_computes_what_plain_arithmetic_does(claim: str) -> None:
+    assert ran("kernels.py", claim) == "ok"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_ranks_that_write_into_each_others_memory_have_the_same_sums_turn_after_turn(dtype: str) -> None:
+    assert ran("exchanges.py", dtype) == "ok"
