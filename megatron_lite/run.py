@@ -108,6 +108,7 @@ def load_stage(run: Run) -> Stage:
             raise FitError(f"the weights do not fit on {mesh.device} of rank {mesh.rank}: {reason}; spread the model over more GPUs") from None
         if mesh.device.type == "cuda":
             torch.cuda.synchronize()
+            torch.cuda.empty_cache()  # what reading and rounding took for a moment
     mesh.wait()
     seconds = time.monotonic() - started
     held = sum(parameter.nbytes for layer in layers.values() for parameter in layer.parameters()) / 1e9

@@ -24,8 +24,8 @@ from megatron_lite.parallel.shards import Rule, Split
 # b batch, s tokens in this call, d input size, n outputs on this rank
 
 LARGEST = 127
-ROWS = 1024
-"""Rows that are rounded at once: what is computed in fp32 on the way stays small."""
+AT_ONCE = 1 << 21
+"""Numbers that are rounded at once: what is computed in fp32 on the way stays small, so that a GPU's allocator keeps it apart from what stays."""
 
 
 class Quantized(nn.Module):
@@ -64,10 +64,12 @@ QUANTIZED: dict[type[nn.Module], type[Quantized]] = {
 @torch.no_grad()
 def quantize(layer: nn.Module, tp: Axis) -> None:
     """Rounds the matrices of a filled layer; every rank of the cut must call it for the same layer. Embedding, norms and head stay as they are."""
-    for path, module in list(layer.named_modules()):
-        if type(module) in QUANTIZED:
-            parent, _, name = path.rpartition(".")
-            setattr(layer.get_submodule(parent), name, QUANTIZED[type(module)](cast(nn.Linear, module), tp=tp))
+    found = {path: module for path, module in layer.named_modules() if type(module) in QUANTIZED}
+    # none is let go before all are rounded: the next layer then takes the place of this one, whole, and what stays does not lie between
+    made = {path: QUANTIZED[type(module)](cast(nn.Linear, module), tp=tp) for path, module in found.items()}
+    for path, module in made.items():
+        parent, _, name = path.rpartition(".")
+        setattr(layer.get_submodule(parent), name, module)
 
 
 def row_scale(weight: Tensor, tp: Axis) -> Tensor:
@@ -80,7 +82,8 @@ def rounded(weight: Tensor, scale: Tensor) -> Tensor:
     """int8 [n d] to the nearest number; a row of zeros has scale 0."""
     found = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     step = scale.where(scale > 0, 1.0).unsqueeze(1)
-    for target, rows, steps in zip(found.split(ROWS), weight.split(ROWS), step.split(ROWS), strict=True):
+    count = max(1, AT_ONCE // weight.shape[1])
+    for target, rows, steps in zip(found.split(count), weight.split(count), step.split(count), strict=True):
         target.copy_((rows.float() / steps).round_())
     return found
 
