@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_lite.errors import FitError
+from megatron_lite.errors import CheckpointError, FitError
 from megatron_lite.inference.continuous import ContinuousDecoder
 from megatron_lite.inference.paged import PAGE, FreePages, PagedCache, page_bytes, pages_for
 from megatron_lite.inference.request import Completion, Request
@@ -153,3 +153,19 @@ def test_a_cache_takes_the_bytes_that_its_pages_are_said_to_take() -> None:
     cache = PagedCache.empty([0, *range(2, 2 + SPEC.layers), SPEC.norm_number], SPEC, pages=7, tp=2, dtype=torch.float32, device=torch.device("cpu"))
     held = sum(tensor.nbytes for part in (cache.keys, cache.values) for tensor in part.values())
     assert held == 7 * page_bytes(SPEC, blocks=SPEC.layers, tp=2)
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(pp=2), Layout(tp=2)], ids=str)
+def test_the_first_layer_that_computes_no_numbers_is_named(layout: Layout, tmp_path: Path) -> None:
+    saved = write_random(tmp_path, SPEC, tp=1)
+    path = saved.layer_file(4, 0)
+    tensors = torch.load(path)
+    tensors["mlp.dense_h_to_4h.weight"][5, 5] = float("inf")
+    torch.save(tensors, path)
+
+    def run(mesh: Mesh) -> str:
+        with pytest.raises(CheckpointError) as caught:
+            serve(load(saved, SPEC, mesh), requests(["A", "bc"]))
+        return str(caught.value)
+
+    assert all("the logits of prompt 1 are no numbers (NaN or infinite) after 0 tokens, first behind layer 4:" in said for said in in_world(layout, run))

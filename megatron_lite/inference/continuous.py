@@ -5,13 +5,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_lite.errors import FitError
+from megatron_lite.inference.finite import first_bad_layer
 from megatron_lite.inference.flight import Courier, Flight
 from megatron_lite.inference.paged import FreePages, pages_for
 from megatron_lite.inference.request import Codec, Completion, Request
@@ -63,7 +64,7 @@ class ContinuousDecoder:
 
     def __init__(self, stepper: Stepper, tokenizer: Codec, *, context: int, rows: int, tokens: int) -> None:
         self.stepper = stepper
-        self.scribe = Scribe(tokenizer, stepper.spec.dtype)
+        self.scribe = Scribe(tokenizer, stepper.spec.dtype, partial(first_bad_layer, stepper.stage))
         self.context = context
         self.most_tokens = tokens
         self.device = stepper.mesh.device

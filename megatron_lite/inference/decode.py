@@ -2,12 +2,14 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from megatron_lite.errors import FitError
+from megatron_lite.inference.finite import first_bad_layer
 from megatron_lite.inference.request import Codec, Completion, Request
 from megatron_lite.inference.rows import NO_TOKEN, Row, Scribe, uniform_numbers
 from megatron_lite.inference.sample import Rules, choose
@@ -28,7 +30,7 @@ class Decoder:
         self.stage = stage
         self.spec = spec
         self.tokenizer = tokenizer
-        self.scribe = Scribe(tokenizer, spec.dtype, keep_logits)
+        self.scribe = Scribe(tokenizer, spec.dtype, partial(first_bad_layer, stage), keep_logits)
         self.context = context
         self.rows = rows
         self.keep_logits = keep_logits

@@ -1,5 +1,6 @@
 """One prompt being continued, token by token, until the model, a stop string or the limit ends it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -36,17 +37,20 @@ class Row:
 
 @dataclass(frozen=True)
 class Scribe:
-    """Takes down what the model says. `kind` is the precision it computes in, for a message."""
+    """Takes down what the model says. `kind` is the precision it computes in, `suspect` tells the first layer that computes what is no number for a text."""
 
     tokenizer: Codec
     kind: str
+    suspect: Callable[[list[int]], int | None]
     keep_logits: bool = False
 
     def take(self, row: Row, token: int) -> None:
         """Adds a token to the row, or ends it."""
         if token == NO_TOKEN:
+            layer = self.suspect([*row.request.tokens, *row.tokens])
+            where = "" if layer is None else f", first behind layer {layer}"
             raise CheckpointError(
-                f"the logits of prompt {row.request.id + 1} are no numbers (NaN or infinite) after {len(row.tokens)} tokens: the weights are damaged "
+                f"the logits of prompt {row.request.id + 1} are no numbers (NaN or infinite) after {len(row.tokens)} tokens{where}: the weights are damaged "
                 f"(tools/inspect_checkpoint.py FOLDER --values counts NaN), or {self.kind} overflows (try precision=bfloat16 or fp32)"
             )
         if token == self.tokenizer.eod:
