@@ -102,7 +102,7 @@ def test_rows_are_told_token_by_token(stage: Stage) -> None:
 
 @pytest.mark.parametrize("changes", [{"parallel_residual": False, "activation": "gelu"}, {"rotary_dim": 0}, {"tied_head": True}], ids=str)
 def test_every_kind_of_model_decodes_from_pages(changes: dict[str, object], tmp_path: Path) -> None:
-    spec = replace(SPEC, **changes)  # pyright: ignore[reportArgumentType]
+    spec = replace(SPEC, **changes)
     other = load(write_random(tmp_path, spec, tp=1), spec, single_mesh())
     asked = requests(PROMPTS, maximum_tokens=10)
     assert told(serve(other, asked, spec=spec)) == told(complete(other, asked, spec=spec))
