@@ -131,14 +131,17 @@ def remedy(planner: Planner) -> str:
     more = replace(hardware, devices=(smallest,) * MOST_DEVICES)
     plan = next(planner.fitting(_smallest_first(planner, wish, MOST_DEVICES), more), None)
     enough = f"{plan.layout.size} such GPUs would do ({plan.layout}: {gigabytes(plan.largest)} on each)" if plan else f"nor would {MOST_DEVICES} such GPUs do"
-    return f"no layout fits on what is here ({hardware.found}); {_in_eight_bits(planner, wish)}{enough}"
+    return f"no layout fits on what is here ({hardware.found}); {_asking_less(planner, wish)}{enough}"
 
 
-def _in_eight_bits(planner: Planner, wish: Wish) -> str:
-    """Whether weights of 8 bits would fit here."""
-    if planner.config.model.weight_quantization is not None:
-        return ""
-    model = planner.config.model.model_copy(update={"weight_quantization": "int8"})
-    smaller = replace(planner, config=replace(planner.config, model=model))
-    plan = next(smaller.fitting(_smallest_first(smaller, wish, len(planner.hardware)), rows=planner.row_choices), None)
-    return "" if plan is None else f"weight-quantization=int8 would ({plan.layout} with {_rows(plan.rows)} at once: {gigabytes(plan.largest)} a process); "
+def _asking_less(planner: Planner, wish: Wish) -> str:
+    """Which setting of the model would let it run here: weights of 8 bits, or shorter texts where nobody knows yet how long they are."""
+    model = planner.config.model
+    settings: list[tuple[str, object]] = [] if model.weight_quantization else [("weight_quantization", "int8")]
+    settings += [("seq_length", model.seq_length // 2)] if planner.demand is None else []
+    for key, value in settings:
+        smaller = replace(planner, config=replace(planner.config, model=model.model_copy(update={key: value})))
+        plan = next(smaller.fitting(_smallest_first(smaller, wish, len(planner.hardware)), rows=planner.row_choices), None)
+        if plan is not None:
+            return f"{key}={value} would ({plan.layout} with {_rows(plan.rows)} at once: {gigabytes(plan.largest)} a process); "
+    return ""

@@ -157,7 +157,7 @@ def test_where_no_layout_fits_the_number_of_gpus_that_would_is_told() -> None:
     sentence = refusal("20B", gpus(2, 16))
     assert sentence.startswith("configs/20B.yml with pipe 1 x model 2 and 1 row at once needs 23.0 GB on GPU 0 (weights 20.6 GB, KV cache 1.1 GB, ")
     assert sentence.endswith(
-        "no layout fits on what is here (2 GPUs found); weight-quantization=int8 would (pipe 1 x model 2 with 2 rows at once: 14.5 GB a process);"
+        "no layout fits on what is here (2 GPUs found); weight_quantization=int8 would (pipe 1 x model 2 with 2 rows at once: 14.5 GB a process);"
         " 4 such GPUs would do (pipe 1 x model 4: 14.1 GB on each)"
     )
 

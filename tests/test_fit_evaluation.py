@@ -75,7 +75,7 @@ def test_sizes_on_the_command_line_are_honoured_and_replicated() -> None:
 def test_what_cannot_run_is_refused_with_the_numbers() -> None:
     with pytest.raises(LayoutError, match=r"pipe 1 x model 4 needs 4 GPUs; 2 GPUs found"):
         plan("20B", gpus(2, 140), pipe_parallel_size="1", model_parallel_size="4")
-    with pytest.raises(FitError, match=r"no layout fits on what is here \(2 GPUs found\); weight-quantization=int8 would \(.*\); \d+ such GPUs would do"):
+    with pytest.raises(FitError, match=r"no layout fits on what is here \(2 GPUs found\); weight_quantization=int8 would \(.*\); \d+ such GPUs would do"):
         plan("20B", gpus(2, 16))
 
 

@@ -185,9 +185,15 @@ def test_gpt_j_is_planned_on_one_card_of_8_gb() -> None:
     assert planned("gpt-j-6B", "1x8GB", seq_length="512") < 8.0
 
 
+def test_who_has_8_gb_is_told_how_long_texts_may_be() -> None:
+    config = load_config([ROOT / "configs" / "gpt-j-6B.yml"], {"weight_quantization": "int8", "generation_batch_size": "1"})
+    with pytest.raises(FitError, match=r"no layout fits on what is here \(1 GPU found\); seq_length=1024 would \(pipe 1 x model 1 with 1 row at once: 8.3 GB"):
+        plan_generation(config, hardware_named("1x8GiB"), 50400)
+
+
 def test_who_has_too_little_memory_is_told_that_8_bits_would_fit() -> None:
     config = load_config([ROOT / "configs" / "20B.yml"], {"generation_batch_size": "1"})
-    with pytest.raises(FitError, match=r"no layout fits on what is here \(1 GPU found\); weight-quantization=int8 would \(pipe 1 x model 1 with 1 row at once"):
+    with pytest.raises(FitError, match=r"no layout fits on what is here \(1 GPU found\); weight_quantization=int8 would \(pipe 1 x model 1 with 1 row at once"):
         plan_generation(config, hardware_named("RTX3090"), 50277)
 
 
