@@ -16,13 +16,13 @@ demo: .venv/generate.stamp
 	PATH="$(CURDIR)/$(BIN):$$PATH" ./deepy.py generate.py configs/tiny.yml -i examples/prompts.txt
 
 test: .venv/develop.stamp
-	PATH="$(CURDIR)/$(BIN):$$PATH" pytest
+	PATH="$(CURDIR)/$(BIN):$$PATH" pytest -n auto --dist loadfile
 
 check: .venv/develop.stamp
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
-	PATH="$(CURDIR)/$(BIN):$$PATH" pytest
+	PATH="$(CURDIR)/$(BIN):$$PATH" pytest -n auto --dist loadfile
 
 sizes:
 	@find . -name '*.py' -not -path './.venv/*' -not -path './build/*' | xargs wc -l | sort -rn \
