@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from megatron_lite.inference.fused import FusedBlock
-from megatron_lite.inference.kernels.linear import Projection, Tiles, combine, project
+from megatron_lite.inference.kernels.linear import Projection, Tiles, combine, fitting, project, tiles_for
 from megatron_lite.models.neox import ParallelBlock
 from megatron_lite.parallel.mesh import Axis
 from megatron_lite.parallel.quantized import dequantized, quantize, rounded, row_scale
@@ -72,6 +72,19 @@ def large_sums() -> None:
     near(outs[0].float(), torch.full((1, 32), 60 * 127 * 96 * 1e-4), atol=0.1, rtol=0)
 
 
+def stages() -> None:
+    """Tiles on their way fit in the memory that the threads of a program share: of an H200, an A100, an RTX 3090 and a T4."""
+    for size, dtype in ((2, torch.float16), (1, torch.int8)):
+        weight, found = torch.empty(1, 1, dtype=dtype), []
+        for kib, is_hopper in ((227, True), (163, False), (99, False), (64, False)):
+            for rows in (16, 64):
+                tiles = fitting(tiles_for(rows, weight), rows, weight, room=kib << 10, is_hopper=is_hopper)
+                buffers = max(1, tiles.stages - (not is_hopper))
+                assert buffers * tiles.inputs * (tiles.outputs * size + rows * 2) <= kib << 10
+                found.append(tiles.stages)
+        assert found == {2: [4, 4, 4, 4, 4, 3, 4, 2], 1: [4, 4, 4, 4, 4, 4, 3, 3]}[size]
+
+
 def blocks() -> None:
     """A fused block holds the very numbers of the plain one, and its products by the library are the plain one's."""
     block = ParallelBlock(SMALL, Axis("tp")).requires_grad_(False)
@@ -93,6 +106,6 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     torch.set_num_threads(1)
     let_bounds_be_computed()
-    for claim in (projections, combinations, large_sums, blocks):
+    for claim in (projections, combinations, large_sums, stages, blocks):
         claim()
         print(claim.__name__)

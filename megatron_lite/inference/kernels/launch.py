@@ -19,6 +19,16 @@ def overlap() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 
 
+@cache
+def shared_memory() -> int:
+    """Bytes that one program of a kernel can share between its threads; an H200's where there is no GPU."""
+    if not torch.cuda.is_available():
+        return 227 << 10
+    from triton.compiler.compiler import max_shared_mem  # what Triton itself holds a kernel against
+
+    return max_shared_mem(torch.cuda.current_device())
+
+
 def options() -> dict[str, bool]:
     """What a launch needs to overlap: the kernel's own switch and the launcher's."""
     return {"OVERLAP": True, "launch_pdl": True} if overlap() else {"OVERLAP": False}

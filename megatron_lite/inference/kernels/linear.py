@@ -6,14 +6,14 @@ Weights of 8 bits are turned into the states' format as they arrive; the scales 
 # pyright: reportMissingParameterType=false, reportCallIssue=false, reportReturnType=false, reportArgumentType=false, reportIndexIssue=false, reportGeneralTypeIssues=false
 # kernels are Triton's language, which is only spelled like Python
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_lite.inference.kernels.launch import LINE, begin, fetch, options, wait
+from megatron_lite.inference.kernels.launch import LINE, begin, fetch, options, overlap, shared_memory, wait
 
 # m rows, k inputs, n outputs on this rank, c copies of norms
 
@@ -44,6 +44,17 @@ def tiles_for(rows: int, weight: Tensor) -> Tiles:
     return Tiles(64, 128) if rows <= 16 else Tiles(128, 128, warps=8)
 
 
+def fitting(tiles: Tiles, rows: int, weight: Tensor, *, room: int, is_hopper: bool) -> Tiles:
+    """With no more tiles on their way than a program's shared memory has room for: consumers' cards have 99 KiB. Before Hopper one of them is in registers."""
+    size = weight.element_size()
+    each = tiles.inputs * (tiles.outputs * size + _padded(rows) * max(2, size))
+    return replace(tiles, stages=max(1, min(tiles.stages, room // each + (not is_hopper))))
+
+
+def _tiles(rows: int, weight: Tensor) -> Tiles:
+    return fitting(tiles_for(rows, weight), rows, weight, room=shared_memory(), is_hopper=overlap())
+
+
 @dataclass(frozen=True)
 class Projection:
     """What belongs to a pair of products: the number of norm copies that each reads, the first copy of the second product, its activation."""
@@ -54,16 +65,23 @@ class Projection:
 
 
 def project(
-    x: Tensor, weights: Pair, biases: tuple[Tensor | None, Tensor | None], outs: Pair, plan: Projection, *, scales: Pair | None = None, tiles: Tiles | None = None
-) -> None:  # fmt: skip
+    x: Tensor,
+    weights: Pair,
+    biases: tuple[Tensor | None, Tensor | None],
+    outs: Pair,
+    plan: Projection,
+    *,
+    scales: Pair | None = None,
+    tiles: Tiles | None = None,
+) -> None:
     """Two products of normed states x [c m k] in one launch; behind the second follows the activation. outs are [m n] each. `scales` belong to the rows of
     weights in int8."""
     rows, width = x.shape[1:]
     first, second = weights
-    tiles = tiles or tiles_for(rows, first)
+    tiles = tiles or _tiles(rows, first)
     blocks = triton.cdiv(len(first), tiles.outputs) + triton.cdiv(len(second), tiles.outputs)
     _project[(blocks,)](
-        x, first, first if biases[0] is None else biases[0], outs[0], second, second if biases[1] is None else biases[1], outs[1], *(scales or weights),
+        x, first, x if biases[0] is None else biases[0], outs[0], second, x if biases[1] is None else biases[1], outs[1], *(scales or weights),
         rows, len(first), len(second), len(first) // plan.copies[0], len(second) // plan.copies[1], plan.second,
         WIDTH=width, BIASED=biases[0] is not None, BIASED_TOO=biases[1] is not None, SCALED=scales is not None, ACTIVATION=plan.activation,
         EVEN=not (width % tiles.inputs or len(first) % tiles.outputs or len(second) % tiles.outputs),
@@ -75,13 +93,15 @@ def project(
 def combine(inputs: Pair, weights: Pair, out: Tensor, *, scales: Pair | None = None, tiles: Tiles | None = None) -> None:
     """Terms [splits m n] in fp32 whose sum is inputs[0] @ weights[0].T + inputs[1] @ weights[1].T. `scales` belong to the rows of weights in int8."""
     rows, (outputs, _) = len(inputs[0]), weights[0].shape
-    tiles = tiles or tiles_for(rows, weights[0])
+    tiles = tiles or _tiles(rows, weights[0])
     widths = weights[0].shape[1], weights[1].shape[1]
     first = max(1, round(len(out) * widths[0] / sum(widths)))
     _combine[(triton.cdiv(outputs, tiles.outputs), len(out))](
         inputs[0], weights[0], inputs[1], weights[1], *(scales or weights), out, rows, outputs, first, len(out) - first,
-        SCALED=scales is not None, FIRST_WIDTH=widths[0], SECOND_WIDTH=widths[1], EVEN=not (widths[0] % tiles.inputs or widths[1] % tiles.inputs or outputs % tiles.outputs),
-        ROWS=_padded(rows), OUTPUTS=tiles.outputs, INPUTS=tiles.inputs, EARLY=min(tiles.early, *widths), PER_LINE=LINE // out.element_size(),
+        SCALED=scales is not None, FIRST_WIDTH=widths[0], SECOND_WIDTH=widths[1],
+        EVEN=not (widths[0] % tiles.inputs or widths[1] % tiles.inputs or outputs % tiles.outputs),
+        ROWS=_padded(rows), OUTPUTS=tiles.outputs, INPUTS=tiles.inputs, EARLY=min(tiles.early, *widths),
+        PER_LINE=LINE if scales else LINE // out.element_size(),
         num_warps=tiles.warps, num_stages=tiles.stages, **options(),
     )  # fmt: skip
 
