@@ -4,33 +4,23 @@ and the blocks that use them."""
 import os
 
 os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from triton.runtime import interpreter
 
+from megatron_lite.inference.captured import CapturedStepper
 from megatron_lite.inference.fused import FusedBlock
+from megatron_lite.inference.kernels import attention, linear
 from megatron_lite.inference.kernels.linear import Projection, Tiles, combine, fitting, project, tiles_for
+from megatron_lite.inference.step import Stepper
 from megatron_lite.models.neox import ParallelBlock
 from megatron_lite.parallel.mesh import Axis
 from megatron_lite.parallel.quantized import dequantized, quantize, rounded, row_scale
+from tests.kernels import compare_steps, let_bounds_be_computed, stage_of
 from tests.models import SMALL
 
 TILES = Tiles(32, 64)
 near = torch.testing.assert_close
-
-
-def let_bounds_be_computed() -> None:
-    """The interpreter of some versions cannot loop to a bound that a kernel computed: numpy no longer takes an array of one number for a number."""
-    patch = interpreter._patch_lang_tensor
-
-    def patched(tensor: Any, scope: Any) -> None:  # Any: the interpreter has no types
-        patch(tensor, scope)
-        tensor.__index__ = lambda self: int(self.handle.data.item())
-
-    interpreter._patch_lang_tensor = patched
 
 
 def in_eight_bits(outputs: int, inputs: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,10 +92,24 @@ def blocks() -> None:
     near(fused.combined(mixed, inner, fused.small_bias), (block.attention.dense(mixed[None]) + block.mlp.dense_4h_to_h(inner[None]))[0])
 
 
+def steps() -> None:
+    """GPT-J, of whose projections one has no bias, and norms that differ between the saved ranks: a step by the kernels, and by the library for many rows."""
+    linear.tiles_for = lambda rows, weight: Tiles(32, 32)
+    attention.splits_for = lambda rows, groups: 2
+    for kind in ("parallel", "gptj"):
+        stage, spec = stage_of(kind)
+        for layer in stage.layers.values():
+            quantize(layer, stage.mesh.tp)
+        fast, plain = CapturedStepper(stage, spec, words=512, pages=20), Stepper(stage, spec, words=512, pages=20)
+        assert fast.stack is not None
+        with torch.inference_mode():
+            compare_steps(fast, plain, kind)
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     torch.set_num_threads(1)
     let_bounds_be_computed()
-    for claim in (projections, combinations, large_sums, stages, blocks):
+    for claim in (projections, combinations, large_sums, stages, blocks, steps):
         claim()
         print(claim.__name__)

@@ -17,4 +17,4 @@ def test_a_product_of_8_bit_weights_is_that_of_the_numbers_they_stand_for() -> N
     words = [sys.executable, "-m", "tests.kernels_int8"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     answer = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert answer.stdout.split() == ["projections", "combinations", "large_sums", "stages", "blocks"], answer.stderr
+    assert answer.stdout.split() == ["projections", "combinations", "large_sums", "stages", "blocks", "steps"], answer.stderr
