@@ -10,6 +10,7 @@ import torch
 from megatron_lite.errors import CheckpointError, FitError
 from megatron_lite.inference.continuous import ContinuousDecoder
 from megatron_lite.inference.paged import PAGE, FreePages, PagedCache, page_bytes, pages_for
+from megatron_lite.inference.replicas import complete_all
 from megatron_lite.inference.request import Completion, Request
 from megatron_lite.inference.sample import Rules
 from megatron_lite.inference.step import Stepper
@@ -137,6 +138,21 @@ def test_the_likeliest_token_is_found_without_gathering_logits(tmp_path: Path) -
     expected[1] = -1
     for ranks in (in_world(Layout(tp=2), run), [run(single_mesh())]):
         assert all(found == (expected, expected) for found in ranks)
+
+
+@pytest.mark.parametrize("layout", [Layout(dp=2), Layout(dp=2, tp=2), Layout(dp=3)], ids=str)
+def test_replicas_share_the_prompts_and_one_process_has_all_texts(layout: Layout, tmp_path: Path) -> None:
+    saved = write_random(tmp_path, SPEC, tp=2)
+    asked = requests(PROMPTS, maximum_tokens=9)
+
+    def run(mesh: Mesh) -> list[tuple[int, str | None, int, bool, str | None]]:
+        stepper = Stepper(load(saved, SPEC, mesh), SPEC, words=512, pages=40)
+        decoder = ContinuousDecoder(stepper, TOKENIZER, context=SPEC.max_positions, rows=4, tokens=100)
+        return told(sorted(complete_all(decoder, asked, mesh), key=lambda completion: completion.request.id))
+
+    ranks = in_world(layout, run)
+    assert ranks[0] == told(complete(load(saved, SPEC, single_mesh()), asked, spec=SPEC))
+    assert all(len(rank) < len(PROMPTS) for rank in ranks[layout.tp :])
 
 
 def test_pages_are_given_out_once_and_the_first_one_never() -> None:

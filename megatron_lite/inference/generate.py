@@ -18,6 +18,7 @@ from megatron_lite.errors import ConfigError, DataError
 from megatron_lite.inference.decode import Decoder
 from megatron_lite.inference.decoders import MOST_ROWS, Completer, Load, decoder_for
 from megatron_lite.inference.interactive import converse
+from megatron_lite.inference.replicas import complete_all
 from megatron_lite.inference.request import Codec, Completion, Request, Sampling
 from megatron_lite.log import logger
 from megatron_lite.progress import progress, say
@@ -104,7 +105,7 @@ def as_request(number: int, prompt: Prompt, tokens: Sequence[int], sampling: Sam
 
 def _write_all(run: Run, decoder: Completer, requests: list[Request], output: Path) -> None:
     """One record a prompt, in the order of the prompts, each written as soon as it and those before it are there."""
-    completions = in_order(decoder.complete(requests))
+    completions = in_order(complete_all(decoder, requests, run.mesh))
     if not run.mesh.is_writer:
         for _ in completions:
             pass
