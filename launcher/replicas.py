@@ -1,4 +1,5 @@
-"""The layout of an evaluation: replicas need not wait for each other, so the model is cut no further than memory demands, and is there as often as it fits."""
+"""Replicas need not wait for each other: for evaluation the model is cut no further than memory demands, and is there as often as it fits; prompts of which
+there are many are shared."""
 
 from dataclasses import replace
 
@@ -25,6 +26,14 @@ def plan_evaluation(config: RunConfig, hardware: Hardware, entries: int) -> Plan
         if plan.shortage() is None:
             return with_note(plan, None if plan.layout == asked else f"{wish.where} asks for {asked}; {hardware.found}: using {plan.layout}")
     return plan_generation(config, hardware, entries, demand=demand)
+
+
+def with_replicas(plan: Plan, demand: Demand | None) -> Plan:
+    """The plan for generation with as many replicas as devices allow, where there are more prompts than one takes at once."""
+    free, asked = len(plan.hardware) // plan.layout.size, 1 if demand is None else -(-demand.rows // plan.rows)
+    count = 1 if plan.hardware.kind == "CPU" else min(free, asked)
+    several = replace(plan, layout=replace(plan.layout, dp=count))
+    return plan if count == 1 or several.shortage() else with_note(several, f"{count} replicas share the prompts")
 
 
 def _devices(planner: Planner) -> int:

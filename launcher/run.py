@@ -13,7 +13,7 @@ from launcher.job import Job
 from launcher.multinode import run_on_hosts
 from launcher.plan import Plan
 from launcher.planner import plan_anyway, plan_generation, plan_settings, vocabulary_entries
-from launcher.replicas import plan_evaluation
+from launcher.replicas import plan_evaluation, with_replicas
 from launcher.show import describe_devices, show_run
 from launcher.site import Site, find_site
 from launcher.spawn import new_log_folder, spawn
@@ -75,7 +75,7 @@ def _plan(command: Command, config: RunConfig, hardware: Hardware, entries: int,
             return plan_training(config, hardware, entries)
         if command.script == "evaluate":
             return plan_evaluation(config, hardware, entries)
-        return plan_generation(config, hardware, entries, demand=demand)
+        return with_replicas(plan_generation(config, hardware, entries, demand=demand), demand)
     except FitError as problem:
         if not command.dry_run:
             raise

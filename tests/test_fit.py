@@ -7,6 +7,7 @@ import pytest
 from launcher.hardware import Device, Hardware
 from launcher.plan import Demand, Plan
 from launcher.planner import plan_generation, plan_settings
+from launcher.replicas import with_replicas
 from launcher.train_plan import plan_training
 from megatron_lite.config.load import load_config
 from megatron_lite.errors import FitError, LayoutError
@@ -193,3 +194,18 @@ def test_training_takes_all_gpus_as_replicas_and_is_never_fitted() -> None:
     )
     with pytest.raises(LayoutError, match="12 GPUs found; training needs that number or a multiple"):
         plan_training(config, gpus(12, 80), TOKENS)
+
+
+@pytest.mark.parametrize(("count", "prompts", "replicas"), [(4, 1000, 4), (4, 40, 3), (4, 16, 1), (5, 1000, 5), (1, 1000, 1)])
+def test_prompts_of_which_there_are_many_are_shared_by_replicas(count: int, prompts: int, replicas: int) -> None:
+    one = plan("20B", gpus(count, 141), prompts, pipe_parallel_size="1", model_parallel_size="1")
+    shared = with_replicas(one, Demand(prompts, 2048))
+    assert shared.layout == Layout(dp=replicas)
+    assert shared.notes == ((f"{replicas} replicas share the prompts",) if replicas > 1 else ())
+
+
+def test_replicas_take_whole_layouts_and_cores_have_none() -> None:
+    halves = plan("20B", gpus(5, 80), 1000, pipe_parallel_size="1", model_parallel_size="2")
+    assert with_replicas(halves, Demand(1000, 2048)).layout == Layout(dp=2, tp=2)
+    slow = plan("pythia/70M", cores(4), 1000, pipe_parallel_size="1", model_parallel_size="1")
+    assert with_replicas(slow, Demand(1000, 2048)).layout == Layout()
