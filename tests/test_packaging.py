@@ -87,7 +87,7 @@ def test_an_evaluate_script_of_ours_does_not_shadow_the_evaluate_library(tmp_pat
 
 def test_the_two_commands_are_what_the_readme_says() -> None:
     assert "./deepy.py generate.py configs/tiny.yml -i examples/prompts.txt" in run("make", "--no-print-directory", "-n", "demo")
-    assert re.search(r"pytest$", run("make", "--no-print-directory", "-n", "test").strip())
+    assert re.search(r"pytest -n auto --dist loadfile$", run("make", "--no-print-directory", "-n", "test").strip())
 
 
 def test_make_sizes_lists_every_python_file_and_marks_those_beyond_the_budget() -> None:
