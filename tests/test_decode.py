@@ -147,5 +147,7 @@ def test_a_damaged_weight_is_an_error_and_never_a_text(tmp_path: Path) -> None:
     tensors["mlp.dense_h_to_4h.weight"][5, 5] = float("nan")
     torch.save(tensors, path)
     for temperature in (0.0, 1.0):
-        with pytest.raises(CheckpointError, match=r"the logits of prompt 1 are no numbers \(NaN or infinite\) after 0 tokens, first behind layer 3: the weights"):
+        with pytest.raises(
+            CheckpointError, match=r"the logits of prompt 1 are no numbers \(NaN or infinite\) after 0 tokens, first behind layer 3: the weights"
+        ):
             complete(load(saved, BYTES, single_mesh()), requests(["A"], temperature=temperature))

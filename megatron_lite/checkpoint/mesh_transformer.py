@@ -58,9 +58,7 @@ class MeshTransformerFolder:
     def __init__(self, layout: CheckpointLayout, spec: ModelSpec) -> None:
         self.folder, self.tp, self.spec = layout.folder, layout.tp, spec
         if spec.family != "gptj":
-            raise CheckpointError(
-                f"{self.folder} is of mesh-transformer-jax, which trained GPT-J; the configuration describes a {spec.family} model"
-            )
+            raise CheckpointError(f"{self.folder} is of mesh-transformer-jax, which trained GPT-J; the configuration describes a {spec.family} model")
         if spec.heads % self.tp:
             raise CheckpointError(f"{self.folder} has {self.tp} shards, which do not divide num_attention_heads {spec.heads}; is it the right configuration?")
         self.places = [_places(layout, part, leaves(spec.layers)) for part in range(self.tp)]

@@ -302,9 +302,7 @@ REFUSED: dict[str, Refusal] = {
     **_refused("every tensor's name and shape is checked when loading, its logits are not", checkpoint_validation_with_forward_pass=False),
     **_refused("perplexity per character is not built", char_level_ppl=False),
     "use_comet": Refusal(None, "Comet is not built; use metrics.jsonl, wandb or TensorBoard", lambda value: value is False),
-    **_refused(
-        "this statistic is not built", log_grad_pct_zeros=False, log_param_norm=False, log_optimizer_states=False, log_gradient_noise_scale=False
-    ),
+    **_refused("this statistic is not built", log_grad_pct_zeros=False, log_param_norm=False, log_optimizer_states=False, log_gradient_noise_scale=False),
     **_refused("profilers are run from outside", profile=False, memory_profiling=False),
 }
 
