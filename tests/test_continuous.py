@@ -155,6 +155,23 @@ def test_replicas_share_the_prompts_and_one_process_has_all_texts(layout: Layout
     assert all(len(rank) < len(PROMPTS) for rank in ranks[layout.tp :])
 
 
+@pytest.mark.parametrize("layout", [Layout(), Layout(pp=2)], ids=str)
+def test_a_decoder_serves_on_after_somebody_stopped_listening(layout: Layout, tmp_path: Path) -> None:
+    saved = write_random(tmp_path, SPEC, tp=2)
+    asked = requests(PROMPTS, maximum_tokens=9)
+
+    def run(mesh: Mesh) -> list[tuple[int, str | None, int, bool, str | None]]:
+        decoder = ContinuousDecoder(Stepper(load(saved, SPEC, mesh), SPEC, words=512, pages=40), TOKENIZER, context=192, rows=4, tokens=100)
+        interrupted = decoder.complete(asked)
+        next(interrupted)
+        interrupted.close()
+        assert len(decoder.free) == 39
+        return told(sorted(decoder.complete(asked), key=lambda completion: completion.request.id))
+
+    expected = told(complete(load(saved, SPEC, single_mesh()), asked, spec=SPEC))
+    assert all(found == expected for found in in_world(layout, run))
+
+
 def test_pages_are_given_out_once_and_the_first_one_never() -> None:
     free = FreePages(5)
     taken = free.take(4)

@@ -80,12 +80,29 @@ class ContinuousDecoder:
         started = time.monotonic()
         limits = [min(request.sampling.maximum_tokens, self.context - len(request.tokens)) for request in requests]
         rows = [Served(request, limit, index=index) for index, (request, limit) in enumerate(zip(requests, limits, strict=True))]
-        for row in self._serve(rows, watch):
-            row.seconds = time.monotonic() - started
-            yield self.scribe.completion(row)
+        try:
+            for row in self._serve(rows, watch):
+                row.seconds = time.monotonic() - started
+                yield self.scribe.completion(row)
+        except torch.OutOfMemoryError as error:
+            raise FitError(
+                f"reading prompts and generating {self.most * len(self.groups)} rows at once does not fit in the memory of {self.device}: "
+                f"{str(error).splitlines()[0]}; use a smaller generation_batch_size, or spread the model over more GPUs"
+            ) from None
+        finally:
+            self._clear()
 
     def close(self) -> None:
         self.stepper.close()
+
+    def _clear(self) -> None:
+        """Lets go of rows that did not end, because something else did."""
+        for group in self.groups:
+            while group.flights:
+                group.flights.popleft().land()
+            self.free.give_back(page for row in group.rows for page in row.pages)
+            group.rows = []
+            group.slots.known()
 
     def _serve(self, rows: Sequence[Served], watch: Watch | None) -> Iterator[Row]:
         yield from (row for row in rows if row.limit <= 0)

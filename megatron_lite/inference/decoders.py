@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Protocol
 
 import torch
@@ -46,7 +47,7 @@ class Load:
 
 def decoder_for(stage: Stage, spec: ModelSpec, tokenizer: Codec, load: Load) -> Completer:
     """The fastest decoder for this device."""
-    if stage.mesh.device.type == "cuda":
+    if stage.mesh.device.type == "cuda" and find_spec("triton"):  # which comes with torch on Linux
         return continuous_decoder(stage, spec, tokenizer, load)
     return Decoder(stage, spec, tokenizer, context=load.context, rows=load.rows)
 

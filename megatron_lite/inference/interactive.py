@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TextIO
 
@@ -15,22 +16,21 @@ QUESTION = "Context prompt >>> "
 
 def converse(run: Run, sampling: Sampling, load: Callable[[], Completer]) -> None:
     """Prompts until the end of input (Ctrl-D). What is wrong with one prompt is said and does not end the session."""
-    decoder = load()
-    prompts = Prompts(sys.stdin, run.config.generation.prompt_end)
-    number = 0
-    if run.mesh.is_writer:
-        _say(f"A prompt ends with {prompts.end!r}; Ctrl-D quits.\n")
-    while (text := run.mesh.share_from_writer(prompts.ask)) is not None:
-        try:
-            _answer(run, decoder, _request(run, number, text, sampling))
-        except UserError as error:
-            if isinstance(error, FitError) and run.mesh.layout.size > 1:
-                raise  # the other processes may have had memory enough, and wait for this one
-            if run.mesh.is_writer:
-                _say(f"{error}\n")
-        number += 1
-    if run.mesh.is_writer:
-        _say("\n")
+    prompts, number = Prompts(sys.stdin, run.config.generation.prompt_end), 0
+    with closing(load()) as decoder:
+        if run.mesh.is_writer:
+            _say(f"A prompt ends with {prompts.end!r}; Ctrl-D quits.\n")
+        while (text := run.mesh.share_from_writer(prompts.ask)) is not None:
+            try:
+                _answer(run, decoder, _request(run, number, text, sampling))
+            except UserError as error:
+                if isinstance(error, FitError) and run.mesh.layout.size > 1:
+                    raise  # the other processes may have had memory enough, and wait for this one
+                if run.mesh.is_writer:
+                    _say(f"{error}\n")
+            number += 1
+        if run.mesh.is_writer:
+            _say("\n")
 
 
 @dataclass
