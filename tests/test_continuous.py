@@ -1,6 +1,6 @@
 """Continuous batching over a paged cache: every prompt gets exactly the text that it gets alone from the plain path."""
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -163,6 +163,7 @@ def test_a_decoder_serves_on_after_somebody_stopped_listening(layout: Layout, tm
     def run(mesh: Mesh) -> list[tuple[int, str | None, int, bool, str | None]]:
         decoder = ContinuousDecoder(Stepper(load(saved, SPEC, mesh), SPEC, words=512, pages=40), TOKENIZER, context=192, rows=4, tokens=100)
         interrupted = decoder.complete(asked)
+        assert isinstance(interrupted, Generator)
         next(interrupted)
         interrupted.close()
         assert len(decoder.free) == 39
