@@ -30,7 +30,7 @@ from tests.texts import lines, made, place
         ("a.jsonl", '{"text": "\\ud83d"}\n', 'a.jsonl line 1: "text" holds half of a surrogate pair at character 1, which is no text'),
         ("a.txt", b"one\xe9", "a.txt is not UTF-8 (after byte 0 of the file); save it as UTF-8"),
         ("a.jsonl.gz", b"not compressed", "a.jsonl.gz cannot be read (Not a gzipped file"),
-        ("a.txt.gz", gzip.compress(b"x" * 100)[:-9], "a.txt.gz cannot be read (Compressed file ended before"),
+        ("a.txt.gz", gzip.compress(b"x" * 100, mtime=0)[:-9], "a.txt.gz cannot be read (Compressed file ended before"),
         ("a.csv", "one", "a.csv is of an unknown kind; texts are read from JSON lines (.jsonl, .json, .ndjson) and plain text (.txt, .text, .md), compressed"),
     ],
 )
