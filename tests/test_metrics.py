@@ -8,12 +8,12 @@ import pytest
 
 from megatron_lite.config.sections import LoggingSection
 from megatron_lite.errors import ConfigError, OutputError
-from megatron_lite.log import logger
 from megatron_lite.metrics import wandb as backend
 from megatron_lite.metrics.metrics import JsonLines, Several, open_metrics
 from megatron_lite.metrics.tensorboard import open_tensorboard
 from megatron_lite.metrics.wandb import Wandb, is_wanted, open_wandb
 from tests.disks import no_file_beyond
+from tests.runs import Lines
 
 KEYS = ("WANDB_API_KEY", "WANDB_MODE", "NETRC")
 
@@ -57,12 +57,11 @@ def test_tensorboard_shows_the_same_names_and_of_steps_that_were_taken_twice_the
     assert text.tensor_proto.string_val[0].decode() == "| text | length |\n| --- | --- |\n| a\\|b<br>c | 2 |"
 
 
-def test_without_tensorboard_one_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_tensorboard_one_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorboard", None)
-    monkeypatch.setattr(logger, "propagate", True)
-    with open_metrics(section(tensorboard_dir=tmp_path / "board"), {}, folder=tmp_path, is_writer=True) as metrics:
+    with Lines() as said, open_metrics(section(tensorboard_dir=tmp_path / "board"), {}, folder=tmp_path, is_writer=True) as metrics:
         metrics.log({"train/lm_loss": 1.0}, step=1)
-    assert [record.getMessage() for record in caplog.records] == [
+    assert said == [
         f"tensorboard_dir is {tmp_path / 'board'}, but the package tensorboard is not installed, and nothing is written there; "
         "run `pip install tensorboard`, or set tensorboard_dir to null"
     ]
@@ -115,21 +114,17 @@ def test_a_run_without_a_key_is_one_sentence() -> None:
         open_wandb(section(), {})
 
 
-def test_a_server_that_does_not_answer_leaves_the_run_on_this_machine_with_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_server_that_does_not_answer_leaves_the_run_on_this_machine_with_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
-    monkeypatch.setattr(logger, "propagate", True)
     monkeypatch.setenv("WANDB_RUN_ID", "thisone1")
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
     monkeypatch.setattr(backend, "PATIENCE", 3.0)
-    with open_metrics(section(wandb_host="http://127.0.0.1:9"), {"layers": 2}, folder=tmp_path, is_writer=True) as metrics:
+    with Lines() as said, open_metrics(section(wandb_host="http://127.0.0.1:9"), {"layers": 2}, folder=tmp_path, is_writer=True) as metrics:
         metrics.log({"eval/piqa_acc": 0.5})
         assert isinstance(metrics, Several)
         [run] = [part for part in metrics.parts if isinstance(part, Wandb)]
         assert Path(run.run.dir).parent.name.startswith("offline-run-")
         assert run.run.id == "thisone1"
-    said = [record.getMessage() for record in caplog.records if record.name == logger.name]
     assert [line.partition(" (")[0] for line in said] == ["Weights & Biases does not answer"]
 
 

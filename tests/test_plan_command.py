@@ -47,7 +47,7 @@ def test_the_plan_of_20b_on_two_cards_of_24_gb_as_it_is_printed(capsys: pytest.C
         "does not fit: 32 such GPUs would do: pipe-parallel-size=1 model-parallel-size=1 train_micro_batch_size_per_gpu=1 zero_optimization.stage=3"
         " (22.3 GB a process)"
     ]
-    assert lines[-1] == "  tokens/s       not known of 24 GB; name a card, such as gpus=2xRTX3090"
+    assert "  tokens/s       not known of 24 GB; name a card, such as gpus=2xRTX3090" in lines
 
 
 def test_it_answers_without_torch() -> None:
