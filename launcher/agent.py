@@ -56,7 +56,10 @@ class Agent(LocalElasticAgent):
         if self.ends:
             self.grace = LITTLE_GRACE
             self._shutdown()
-        return super()._monitor_workers(worker_group)  # pyright: ignore[reportCallIssue]
+        result = super()._monitor_workers(worker_group)  # pyright: ignore[reportCallIssue]
+        if not self.ends:  # one may have ended between our look and elastic's
+            self.ends = {rank: failure.exitcode for rank, failure in result.failures.items()}
+        return result
 
     def _shutdown(self, death_sig: Signals = Signals.SIGTERM, *rest: object, **more: object) -> None:
         if self._pcontext:  # elastic itself would wait 30 s for a process that does not listen

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher import agent
 from tests.launching import ROOT, Launch, alive, launchers, wait_until
 
 
@@ -64,6 +65,14 @@ def test_a_rank_killed_with_sigkill_ends_the_job_and_is_named(launch: Launch, ra
     assert launcher.end(10) == 137
     assert f"rank {rank} was killed by SIGKILL" in launcher.errors().splitlines()[-1]
     assert not any(alive(pid) for pid in launcher.workers.values())
+
+
+def test_a_failure_that_elastic_sees_before_we_do_is_one_all_the_same(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process may end between our look and elastic's: here our looks see nothing, in the launcher that is forked from this process."""
+    monkeypatch.setattr(agent, "_exit_code", lambda pid: 0)
+    launcher = launch("if rank == 1: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)")
+    assert launcher.end(10) == 137
+    assert "rank 1 was killed by SIGKILL" in launcher.errors().splitlines()[-1]
 
 
 def test_a_killed_rank_is_named_although_its_neighbours_complain_first(launch: Launch) -> None:
