@@ -116,7 +116,7 @@ def layer_files(architecture: Architecture, spec: ModelSpec, tp: int) -> list[La
 def _shapes(architecture: Architecture, spec: ModelSpec, number: int, tp: int) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a layer's tensors in the file of one rank; none for a tied head, which has no file."""
     shapes = layer_shapes(architecture, spec, number, tp)
-    if 2 <= number < spec.norm_number and spec.rotary_dim:
+    if spec.is_block(number) and spec.rotary_dim:
         shapes["attention.rotary_emb.inv_freq"] = (spec.rotary_dim // 2,)  # a buffer of the release's files; readers derive it
     return shapes
 

@@ -9,7 +9,7 @@ def step_bytes(spec: ModelSpec, tp: int, *, batch: int, context: int) -> int:
     """What each of tp GPUs reads for one more token of `batch` rows that have `context` tokens: all weights but the embedding's, and keys and values."""
     numbers = [number for number in stage_numbers(spec.layers, 1)[0] if number]
     weights = sum(layer_bytes(spec, number, tp) for number in numbers)
-    return weights + BYTES[spec.dtype] * batch * context * spec.layers * 2 * max(1, spec.kv_heads // tp) * spec.head_dim
+    return weights + BYTES[spec.dtype] * batch * context * spec.layers * 2 * spec.kv_heads_of(tp) * spec.head_dim
 
 
 def prefill_operations(spec: ModelSpec, *, batch: int, tokens: int) -> float:

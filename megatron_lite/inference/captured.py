@@ -58,7 +58,7 @@ class CapturedStepper(Stepper):
         if self.mesh.pp.size > 1 or not rules.is_greedy:
             return super().advance(slots, rows, rules)
         size = size_for(rows)
-        slots.coming = None  # the graph itself leaves its tokens in their slots
+        slots.known()  # from here on the graph itself leaves its tokens in their slots
         return Arrival(
             self.graphs.replay((slots.number, size, True), lambda: self._rows(slots, size, slots.tokens[:size]), lambda out: self._move(slots, out))[:rows]
         )
@@ -122,7 +122,7 @@ class CapturedStepper(Stepper):
         """Its counts return to 0 after every launch, so that all blocks share it."""
         if rows not in self.scratches:
             tp, spec = self.mesh.tp.size, self.spec
-            self.scratches[rows] = Scratch.empty(rows, spec.heads // tp, max(1, spec.kv_heads // tp), spec.head_dim, self.mesh.device)
+            self.scratches[rows] = Scratch.empty(rows, spec.heads // tp, spec.kv_heads_of(tp), spec.head_dim, self.mesh.device)
         return self.scratches[rows]
 
 

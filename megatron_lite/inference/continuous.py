@@ -3,7 +3,7 @@ next step before the tokens of the last one are looked at, and every stage of a 
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
@@ -16,13 +16,10 @@ from megatron_lite.inference.finite import first_bad_layer
 from megatron_lite.inference.flight import Courier, Flight
 from megatron_lite.inference.paged import FreePages, pages_for
 from megatron_lite.inference.request import Codec, Completion, Request
-from megatron_lite.inference.rows import Row, Scribe, uniform_numbers
+from megatron_lite.inference.rows import Row, Scribe, Watch, uniform_numbers
 from megatron_lite.inference.sample import Rules
 from megatron_lite.inference.segments import to_device
 from megatron_lite.inference.step import Slots, Stepper
-
-Watch = Callable[[int, list[int]], None]
-"""Told the row and its tokens so far, after every token."""
 
 
 @dataclass(eq=False)

@@ -1,7 +1,7 @@
 """Turns prompts into text, a batch at a time: ragged rows share every step, and each row gets exactly what it would get alone."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -11,14 +11,11 @@ from torch import Tensor, nn
 from megatron_lite.errors import FitError
 from megatron_lite.inference.finite import first_bad_layer
 from megatron_lite.inference.request import Codec, Completion, Request
-from megatron_lite.inference.rows import NO_TOKEN, Row, Scribe, uniform_numbers
+from megatron_lite.inference.rows import NO_TOKEN, Row, Scribe, Watch, uniform_numbers
 from megatron_lite.inference.sample import Rules, choose
 from megatron_lite.models.cache import Cache
 from megatron_lite.models.spec import ModelSpec
 from megatron_lite.parallel.stage import Stage
-
-Watch = Callable[[int, list[int]], None]
-"""Told the row and its tokens so far, after every token."""
 
 
 class Decoder:
@@ -108,7 +105,7 @@ class Decoder:
 
     def _cache(self, rows: int, slots: int) -> Cache:
         stage, spec = self.stage, self.spec
-        heads = max(1, spec.kv_heads // stage.mesh.tp.size)
+        heads = spec.kv_heads_of(stage.mesh.tp.size)
         return Cache.empty(stage.layers, spec, rows=rows, slots=slots, heads=heads, dtype=stage.dtype, device=stage.mesh.device)
 
     def _step(self, tokens: Tensor, counts: Tensor, cache: Cache | None, rules: Rules, rows: list[Row]) -> Tensor:

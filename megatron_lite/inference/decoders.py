@@ -8,10 +8,11 @@ from typing import Protocol
 import torch
 
 from megatron_lite.errors import FitError
-from megatron_lite.inference.continuous import ContinuousDecoder, Watch
+from megatron_lite.inference.continuous import ContinuousDecoder
 from megatron_lite.inference.decode import Decoder
 from megatron_lite.inference.paged import page_bytes, pages_for
 from megatron_lite.inference.request import Codec, Completion, Request
+from megatron_lite.inference.rows import Watch
 from megatron_lite.inference.score import tokens_at_once
 from megatron_lite.models.spec import ModelSpec
 from megatron_lite.parallel.budget import free_memory
@@ -67,10 +68,10 @@ def _pages_that_fit(stage: Stage, spec: ModelSpec) -> int:
     """The same on every rank of a replica: what the fullest GPU has room for."""
     mesh = stage.mesh
     free = free_memory(mesh.device)
-    blocks = sum(2 <= number < spec.norm_number for number in stage.layers)
+    blocks = sum(map(spec.is_block, stage.layers))
     pages = int(free * (1 - LEFT_FREE)) // page_bytes(spec, blocks=blocks, tp=mesh.tp.size)
     for axis in (mesh.tp, mesh.pp):
-        pages = int(-float(axis.maximum(torch.tensor(-float(pages), device=mesh.device))))
+        pages = int(axis.minimum(torch.tensor(float(pages), device=mesh.device)))
     if pages < pages_for(1) + 1:
         raise FitError(f"beside the weights {free / 1e9:.1f} GB of {mesh.device} are free, too little for a cache; spread the model over more GPUs")
     return pages

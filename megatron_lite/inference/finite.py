@@ -21,5 +21,5 @@ def first_bad_layer(stage: Stage, tokens: list[int]) -> int | None:
         return out
 
     stage.pass_through(torch.tensor([tokens], device=mesh.device), visit)
-    first = -mesh.tp.maximum(mesh.pp.maximum(-found))
+    first = mesh.tp.minimum(mesh.pp.minimum(found))
     return None if first >= NONE else int(first)

@@ -28,10 +28,8 @@ def completer(config: RunConfig) -> Complete:
         texts = tokenizer.encode_batch([prompt.text for prompt in prompts])
         pairs = enumerate(zip(prompts, texts, strict=True))
         requests = [as_request(number, prompt, tokens or [tokenizer.eod], sampling) for number, (prompt, tokens) in pairs]
-        decoder = Decoder(stage, spec, cast(Codec, tokenizer), context=config.model.seq_length)
-        rows = settings.generation_batch_size
-        found = [completion for first in range(0, len(requests), rows) for completion in decoder.complete(requests[first : first + rows])]
-        return [completion.as_record() for completion in sorted(found, key=lambda completion: completion.request.id)]
+        decoder = Decoder(stage, spec, cast(Codec, tokenizer), context=config.model.seq_length, rows=settings.generation_batch_size)
+        return [completion.as_record() for completion in sorted(decoder.complete(requests), key=lambda completion: completion.request.id)]
 
     return complete
 

@@ -22,7 +22,7 @@ def pages_for(tokens: int) -> int:
 
 def page_bytes(spec: ModelSpec, *, blocks: int, tp: int) -> int:
     """What a page takes in all of a stage's blocks."""
-    return blocks * 2 * max(1, spec.kv_heads // tp) * PAGE * spec.head_dim * BYTES[spec.dtype]
+    return blocks * 2 * spec.kv_heads_of(tp) * PAGE * spec.head_dim * BYTES[spec.dtype]
 
 
 class FreePages:
@@ -54,8 +54,8 @@ class PagedCache:
 
     @classmethod
     def empty(cls, numbers: Iterable[int], spec: ModelSpec, *, pages: int, tp: int, dtype: torch.dtype, device: torch.device) -> "PagedCache":
-        blocks = [number for number in numbers if 2 <= number < spec.norm_number]
-        shape = (pages, max(1, spec.kv_heads // tp), PAGE, spec.head_dim)
+        blocks = [number for number in numbers if spec.is_block(number)]
+        shape = (pages, spec.kv_heads_of(tp), PAGE, spec.head_dim)
         keys, values = ({number: torch.zeros(shape, dtype=dtype, device=device) for number in blocks} for _ in range(2))
         return cls(keys, values)
 

@@ -8,6 +8,9 @@ import numpy as np
 from megatron_lite.errors import CheckpointError
 from megatron_lite.inference.request import Codec, Completion, Request
 
+Watch = Callable[[int, list[int]], None]
+"""Told the row and its tokens so far, after every token."""
+
 NOT_STARTED = "WARNING: text generation did not start; "
 NO_ROOM = NOT_STARTED + "the prompt fills the whole context"
 ENDED_AT_ONCE = NOT_STARTED + "the model ended the text at once"

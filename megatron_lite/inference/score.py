@@ -64,7 +64,7 @@ class Scorer:
         tokens, places, targets, owners = (to_device(each, device) for each in (packed.tokens, packed.places, packed.targets, packed.owners))
 
         def visit(number: int, layer: nn.Module, x: Tensor) -> Tensor:
-            if 2 <= number < self.spec.norm_number:
+            if self.spec.is_block(number):
                 return layer(x, past)
             if number == self.spec.norm_number:
                 return layer(x[:, places])

@@ -99,9 +99,9 @@ class Stepper:
     def advance(self, slots: Slots, rows: int, rules: Rules) -> Arrival:
         """The next token of the first `rows` slots [rows], or NO_TOKEN; it becomes the slot's last one."""
         pp, known = self.mesh.pp, slots.known()
-        out = self.through_rows(slots, rows, known[:rows] if pp.is_first else self._received(rows))
         if slots.sent is not None:
-            slots.sent.wait()
+            slots.sent.wait()  # what it reads may be written again now
+        out = self.through_rows(slots, rows, known[:rows] if pp.is_first else self._received(rows))
         slots.sent = None if pp.is_last else pp.send_later(out, to=pp.index + 1)
         slots.coming = self._arrival(self.pick(out, rules) if pp.is_last else None, rows)
         slots.lengths[:rows] += slots.going[:rows]

@@ -44,7 +44,7 @@ class Cache:
     @classmethod
     def empty(cls, numbers: Iterable[int], spec: ModelSpec, *, rows: int, slots: int, heads: int, dtype: torch.dtype, device: torch.device) -> "Cache":
         """Room for `rows` rows of `slots` tokens in each of the blocks `numbers`, for the `heads` key/value heads of this rank."""
-        blocks = [number for number in numbers if 2 <= number < spec.norm_number]
+        blocks = [number for number in numbers if spec.is_block(number)]
         shape = (rows, heads, slots, spec.head_dim)
         keys, values = ({number: torch.zeros(shape, dtype=dtype, device=device) for number in blocks} for _ in range(2))
         return cls(keys, values, torch.zeros(rows, dtype=torch.long, device=device))

@@ -60,7 +60,7 @@ def layer_parameters(spec: ModelSpec, number: int, tp: int) -> int:
 
 def block_matrices(spec: ModelSpec, tp: int) -> list[tuple[int, int]]:
     """Outputs and inputs of the matrices of a block on one of tp ranks. A gated MLP has two of them, one above the other."""
-    d, f, keys = spec.hidden, spec.ffn, max(spec.kv_heads // tp, 1) * spec.head_dim
+    d, f, keys = spec.hidden, spec.ffn, spec.kv_heads_of(tp) * spec.head_dim
     return [(d // tp + 2 * keys, d), (d, d // tp), ((2 * f if spec.family == "llama" else f) // tp, d), (d, f // tp)]
 
 
@@ -92,14 +92,14 @@ def stage_bytes(spec: ModelSpec, layout: Layout, stage: int) -> int:
 
 
 def stage_blocks(spec: ModelSpec, layout: Layout, stage: int) -> int:
-    return sum(2 <= n < spec.norm_number for n in layout.numbers(spec.layers)[stage])
+    return sum(spec.is_block(n) for n in layout.numbers(spec.layers)[stage])
 
 
 def generation_footprint(spec: ModelSpec, layout: Layout, stage: int, *, rows: int, context: int) -> Footprint:
     """What generating with `rows` rows of up to `context` tokens takes on every GPU of a pipeline stage."""
     size = BYTES[spec.dtype]
     numbers = layout.numbers(spec.layers)[stage]
-    kv_heads = max(1, spec.kv_heads // layout.tp)
+    kv_heads = spec.kv_heads_of(layout.tp)
     cache = stage_blocks(spec, layout, stage) * 2 * kv_heads * spec.head_dim * context * rows * size
     widest = 3 * spec.hidden + (3 * spec.hidden + 2 * spec.ffn) // layout.tp
     logits = rows * -(-spec.vocab // layout.tp) * (size + 4 * (1 + layout.tp)) if spec.head_number in numbers else 0

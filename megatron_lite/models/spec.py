@@ -37,6 +37,14 @@ class ModelSpec:
     family: Family = "neox"
     quantization: Quantization | None = None
 
+    def is_block(self, number: int) -> bool:
+        """Whether the layer with this number has attention, and so keys and values."""
+        return 2 <= number < self.norm_number
+
+    def kv_heads_of(self, tp: int) -> int:
+        """Key/value heads that one of tp ranks holds: with more ranks than heads, neighbours hold the same one."""
+        return max(1, self.kv_heads // tp)
+
     @property
     def head_number(self) -> int:
         return self.layers + 4

@@ -96,7 +96,7 @@ def _activations(spec: ModelSpec, layout: Layout, stage: int, training: Training
 def saved_by_block(spec: ModelSpec, tp: int, training: Training) -> int:
     """Bytes that autograd keeps of one block."""
     tokens, size = training.rows * training.tokens, BYTES[spec.dtype]
-    heads, groups = spec.heads * spec.head_dim // tp, max(1, spec.kv_heads // tp) * spec.head_dim
+    heads, groups = spec.heads * spec.head_dim // tp, spec.kv_heads_of(tp) * spec.head_dim
     turned = heads + groups if spec.rotary_dim else 0
     attention = heads + 2 * groups + turned + heads  # queries, keys and values; turned queries and keys; what they mixed
     tables = 8 * training.tokens * spec.rotary_dim + 4 * tokens * spec.heads // tp

@@ -64,6 +64,10 @@ class Axis:
             dist.all_reduce(x, dist.ReduceOp.MAX, group=self.group)
         return x
 
+    def minimum(self, x: Tensor) -> Tensor:
+        """The elementwise minimum over the axis; no gradients."""
+        return -self.maximum(-x)
+
     def gather(self, x: Tensor) -> Tensor:
         """The ranks' tensors joined along the last dim; no gradients."""
         if self.size == 1:

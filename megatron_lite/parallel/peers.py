@@ -29,7 +29,7 @@ def connect(axis: Axis, *, capacity: int, programs: int, device: torch.device) -
         return None
     reaches = all(torch.cuda.can_device_access_peer(device, other) for other in range(torch.cuda.device_count()) if other != device.index)
     alike = torch.tensor(float(reaches), device=device)
-    if -float(axis.maximum(-alike)) < 1:
+    if axis.minimum(alike) < 1:
         return None
     import torch.distributed._symmetric_memory as symmetric
 

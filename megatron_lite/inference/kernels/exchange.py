@@ -63,7 +63,7 @@ def proven(peers: Peers | None, axis: Axis, *, width: int, dtype: torch.dtype) -
         found, expected = torch.zeros(3, width, device=device), pattern[0] * turn * sum(range(1, axis.size + 1))
         sum_and_norm(found, pattern * turn * (axis.index + 1), None, out[:, 0], out[:, 0], out, peers, eps=0.0, patience=1 << 18)
         right = right * torch.equal(found, expected)
-    return peers if -float(axis.maximum(-right)) == 1 else None
+    return peers if axis.minimum(right) == 1 else None
 
 
 @triton.jit
