@@ -1,8 +1,9 @@
 """The blocks of parallel-residual models (GPT-NeoX, GPT-J) for one new token a row: four launches a block instead of forty, one of them the reduction over
 the tensor-parallel ranks. The residual stream stays in fp32."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -125,6 +126,14 @@ def activated(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -
     return F.gelu(columns(x, weight, bias), approximate="tanh" if activation == "gelu_tanh" else "none")[0]
 
 
+def normed_into(stream: Tensor, norms: Norms | None, add: Callable[..., None], *, like: Tensor) -> Tensor:
+    """What `add` makes of the stream: [c b d] as the norms leave it, or the stream itself [1 b d], in the format of `like`."""
+    scale, shift, eps = (norms.scale, norms.shift, norms.eps) if norms else (stream[:0], stream[:0], 0.0)
+    out = torch.empty(len(scale), *stream.shape, dtype=like.dtype, device=stream.device)
+    add(scale=scale, shift=shift, out=out, eps=eps)
+    return out if norms else stream.to(like.dtype).unsqueeze(0)
+
+
 def attended(block: FusedBlock, past: PagedPast, heads: Tensor, scratch: Scratch) -> Tensor:
     """[b (h 3 d)] -> [b (h d)]."""
     query, key, value = heads.view(len(heads), -1, 3, block.head_dim).unbind(2)
@@ -192,17 +201,11 @@ class FusedStack:
         if self.peers is None:
             share = terms.float().sum(0) if bias is None else terms.float().sum(0) + bias
             return self._normed(stream, self.tp.sum_in_place(share).unsqueeze(0), None, norms, like=like)
-        scale, shift, eps = (norms.scale, norms.shift, norms.eps) if norms else (stream[:0], stream[:0], 0.0)
-        out = torch.empty(len(scale), *stream.shape, dtype=like.dtype, device=stream.device)
-        sum_and_norm(stream, terms, bias, scale, shift, out, self.peers, eps=eps)
-        return out if norms else stream.to(like.dtype).unsqueeze(0)
+        return normed_into(stream, norms, partial(sum_and_norm, stream, terms, bias, peers=self.peers), like=like)
 
     def _normed(self, stream: Tensor, terms: Tensor, bias: Tensor | None, norms: Norms | None, *, like: Tensor) -> Tensor:
         """Adds to the stream, and norms it."""
-        scale, shift, eps = (norms.scale, norms.shift, norms.eps) if norms else (stream[:0], stream[:0], 0.0)
-        out = torch.empty(len(scale), *stream.shape, dtype=like.dtype, device=stream.device)
-        add_and_norm(stream, terms, bias, scale, shift, out, eps=eps)
-        return out if norms else stream.to(like.dtype).unsqueeze(0)
+        return normed_into(stream, norms, partial(add_and_norm, stream, terms, bias), like=like)
 
     def _few(self, block: FusedBlock, past: PagedPast, normed: Tensor, scratch: Scratch) -> Tensor:
         """Terms of what a block adds to the stream [t b d], without its bias."""
