@@ -18,9 +18,7 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     needs = [(item, GPUS_NEEDED[name]) for item in items for name in GPUS_NEEDED if item.get_closest_marker(name)]
     if needs:
-        import torch
-
-        found = torch.cuda.device_count()
+        found = gpus_found()
         for item, needed in needs:
             if found < needed:
                 item.add_marker(pytest.mark.skip(reason=f"needs {needed} GPU(s), {found} found"))
@@ -28,6 +26,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("slow"):
                 item.add_marker(pytest.mark.skip(reason="slow: run it with pytest -m slow"))
+
+
+def gpus_found() -> int:
+    """Asked without torch: a process that has asked CUDA once cannot fork others that use it."""
+    from launcher.hardware import find_hardware
+
+    hardware = find_hardware()
+    return len(hardware) if hardware.kind == "GPU" else 0
 
 
 @pytest.fixture(scope="session")

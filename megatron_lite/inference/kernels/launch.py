@@ -20,6 +20,12 @@ def overlap() -> bool:
 
 
 @cache
+def is_compiled() -> bool:
+    """Whether kernels become code of an NVIDIA GPU, which can hold its own instructions; elsewhere Triton's interpreter runs them."""
+    return torch.cuda.is_available() and torch.version.hip is None
+
+
+@cache
 def shared_memory() -> int:
     """Bytes that one program of a kernel can share between its threads; an H200's where there is no GPU."""
     if not torch.cuda.is_available():

@@ -1,9 +1,10 @@
 """Matrix products of few rows in Triton: each weight is read once, at the speed of memory, and what surrounds the product costs no launch of its own.
 
-Weights of 8 bits are turned into the states' format as they arrive; the scales of their rows are multiplied in behind the product.
+Weights of 8 bits are turned into the states' format as they arrive; the scales of their rows are multiplied in behind the product. With few rows it is this
+turning, not memory, that a product waits for, so the states are on its left and fp16 numbers are put together from bits.
 """
 
-# pyright: reportMissingParameterType=false, reportCallIssue=false, reportReturnType=false, reportArgumentType=false, reportIndexIssue=false, reportGeneralTypeIssues=false
+# pyright: reportMissingParameterType=false, reportCallIssue=false, reportReturnType=false, reportArgumentType=false, reportIndexIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false
 # kernels are Triton's language, which is only spelled like Python
 
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_lite.inference.kernels.launch import LINE, begin, fetch, options, overlap, shared_memory, wait
+from megatron_lite.inference.kernels.launch import LINE, begin, fetch, is_compiled, options, overlap, shared_memory, wait
 
 # m rows, k inputs, n outputs on this rank, c copies of norms
 
@@ -22,23 +23,37 @@ Pair = tuple[Tensor, Tensor]
 MOST_ROWS = 64
 """More rows are faster with the library's products."""
 
+HALVES = tl.constexpr(
+    """{
+    .reg .b32 bytes, shift;
+    xor.b32 bytes, $2, 0x80808080;
+    mov.b32 shift, 0x64806480;
+    prmt.b32 $0, bytes, 0x64646464, 0x4140;
+    prmt.b32 $1, bytes, 0x64646464, 0x4342;
+    sub.f16x2 $0, $0, shift;
+    sub.f16x2 $1, $1, shift;
+    }"""
+)
+"""Four whole numbers of 8 bits as fp16: 0x6400 | u is 1024 + u, of which 1152 = 1024 + 128 is taken (Kim et al. 2022, https://arxiv.org/abs/2211.10017)."""
+
 
 @dataclass(frozen=True)
 class Tiles:
     """How a product is cut into programs: rows of the weight and inputs at a time, warps of a program and tiles that are on their way at once. `early`
-    inputs of every row are fetched before the states are there."""
+    inputs of every row are fetched before the states are there. `across`: states @ weight.T instead of weight @ states.T."""
 
     outputs: int
     inputs: int
     warps: int = 4
     stages: int = 4
     early: int = 512
+    across: bool = False
 
 
 def tiles_for(rows: int, weight: Tensor) -> Tiles:
     """What was fastest on an H200 for matrices of 20B, whole and cut in four."""
-    if weight.dtype == torch.int8:  # as many bytes are on their way
-        return Tiles(64, 256, early=1024) if rows <= 16 else Tiles(128, 128, warps=8, early=1024)
+    if weight.dtype == torch.int8:
+        return Tiles(64, 256, stages=2, early=1024, across=True) if rows <= 16 else Tiles(128, 128, warps=8, stages=3, early=1024)
     if weight.dtype == torch.float32:
         return Tiles(32, 32, stages=2)
     return Tiles(64, 128) if rows <= 16 else Tiles(128, 128, warps=8)
@@ -86,6 +101,7 @@ def project(
         WIDTH=width, BIASED=biases[0] is not None, BIASED_TOO=biases[1] is not None, SCALED=scales is not None, ACTIVATION=plan.activation,
         EVEN=not (width % tiles.inputs or len(first) % tiles.outputs or len(second) % tiles.outputs),
         ROWS=_padded(rows), OUTPUTS=tiles.outputs, INPUTS=tiles.inputs, EARLY=min(tiles.early, width), PER_LINE=LINE // first.element_size(),
+        ACROSS=tiles.across, COMPILED=is_compiled(),
         num_warps=tiles.warps, num_stages=tiles.stages, **options(),
     )  # fmt: skip
 
@@ -101,7 +117,7 @@ def combine(inputs: Pair, weights: Pair, out: Tensor, *, scales: Pair | None = N
         SCALED=scales is not None, FIRST_WIDTH=widths[0], SECOND_WIDTH=widths[1],
         EVEN=not (widths[0] % tiles.inputs or widths[1] % tiles.inputs or outputs % tiles.outputs),
         ROWS=_padded(rows), OUTPUTS=tiles.outputs, INPUTS=tiles.inputs, EARLY=min(tiles.early, *widths),
-        PER_LINE=LINE if scales else LINE // out.element_size(),
+        PER_LINE=LINE // weights[0].element_size(), ACROSS=tiles.across, COMPILED=is_compiled(),
         num_warps=tiles.warps, num_stages=tiles.stages, **options(),
     )  # fmt: skip
 
@@ -113,29 +129,44 @@ def _padded(rows: int) -> int:
 @triton.jit
 def _product(
     x, weight, rows, outputs, at, start, stop, stride, EVEN: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
-    EARLY: tl.constexpr, PER_LINE: tl.constexpr, OVERLAP: tl.constexpr,
+    EARLY: tl.constexpr, PER_LINE: tl.constexpr, ACROSS: tl.constexpr, COMPILED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """[OUTPUTS ROWS] of weight @ x.T over the inputs from start to stop. EVEN where tiles end where the matrix does."""
     row, output = tl.arange(0, ROWS), at + tl.arange(0, OUTPUTS)
     inputs = tl.arange(0, INPUTS)
-    total = tl.zeros([OUTPUTS, ROWS], tl.float32)
-    lines = weight + output.to(tl.int64)[:, None] * stride
-    weights = lines + inputs[None, :]
-    states = x + row[None, :] * stride + inputs[:, None]
+    SHORT: tl.constexpr = 0 if ACROSS else 1  # the dim that outputs lack in a tile of weights, and inputs in one of states; the other way round it is LONG
+    LONG: tl.constexpr = 1 - SHORT
+    is_row, is_output = tl.expand_dims(row < rows, LONG), tl.expand_dims(output < outputs, SHORT)
+    lines = weight + tl.expand_dims(output.to(tl.int64), SHORT) * stride
+    weights = lines + tl.expand_dims(inputs, LONG)
+    states = x + tl.expand_dims(row, LONG) * stride + tl.expand_dims(inputs, SHORT)
+    total = tl.zeros([ROWS, OUTPUTS] if ACROSS else [OUTPUTS, ROWS], tl.float32)
     if OVERLAP:
         for line in tl.static_range(0, EARLY, PER_LINE):
-            fetch(tl.where((output < outputs)[:, None], lines + start + line, weight))
+            fetch(tl.where(is_output, lines + start + line, weight))
     wait(OVERLAP)
     for at_input in range(start, stop, INPUTS):
         if EVEN:
             w = tl.load(weights + at_input, eviction_policy="evict_first")
-            s = tl.load(states + at_input, (row < rows)[None, :], 0.0)
+            s = tl.load(states + at_input, is_row, 0.0)
         else:
             inside = at_input + inputs < stop
-            w = tl.load(weights + at_input, (output < outputs)[:, None] & inside[None, :], 0.0, eviction_policy="evict_first")
-            s = tl.load(states + at_input, (row < rows)[None, :] & inside[:, None], 0.0)
-        total = tl.dot(w.to(s.dtype), s, total, input_precision="ieee")
-    return total
+            w = tl.load(weights + at_input, is_output & tl.expand_dims(inside, LONG), 0.0, eviction_policy="evict_first")
+            s = tl.load(states + at_input, is_row & tl.expand_dims(inside, SHORT), 0.0)
+        if ACROSS:
+            total = tl.dot(s, _widened(w, s.dtype, COMPILED), total, input_precision="ieee")
+        else:
+            total = tl.dot(_widened(w, s.dtype, COMPILED), s, total, input_precision="ieee")
+    return tl.trans(total) if ACROSS else total
+
+
+@triton.jit
+def _widened(w, kind: tl.constexpr, COMPILED: tl.constexpr):
+    """Weights in the format of the states."""
+    if w.dtype == tl.int8 and kind == tl.float16 and COMPILED:
+        return tl.inline_asm_elementwise(HALVES, "=&r,=&r,r", [w], dtype=tl.float16, is_pure=True, pack=4)
+    else:
+        return w.to(kind)
 
 
 @triton.jit
@@ -144,7 +175,7 @@ def _project(
     rows, first_outputs, second_outputs, first_per_copy, second_per_copy, second_copy,
     WIDTH: tl.constexpr, BIASED: tl.constexpr, BIASED_TOO: tl.constexpr, SCALED: tl.constexpr, ACTIVATION: tl.constexpr,
     EVEN: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
-    EARLY: tl.constexpr, PER_LINE: tl.constexpr, OVERLAP: tl.constexpr,
+    EARLY: tl.constexpr, PER_LINE: tl.constexpr, ACROSS: tl.constexpr, COMPILED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     begin(OVERLAP)
     at = tl.program_id(0) * OUTPUTS
@@ -156,7 +187,10 @@ def _project(
         at -= before
         weight, bias, scale, out, outputs, copy = second, second_bias, second_scale, second_out, second_outputs, second_copy + at // second_per_copy
     at = tl.multiple_of(at, OUTPUTS)
-    total = _product(x + copy * rows * WIDTH, weight, rows, outputs, at, 0, WIDTH, WIDTH, EVEN, ROWS, OUTPUTS, INPUTS, EARLY, PER_LINE, OVERLAP)
+    states = x + copy * rows * WIDTH
+    total = _product(
+        states, weight, rows, outputs, at, 0, WIDTH, WIDTH, EVEN, ROWS, OUTPUTS, INPUTS, EARLY, PER_LINE, ACROSS, COMPILED, OVERLAP
+    )  # fmt: skip
     row, output = tl.arange(0, ROWS), at + tl.arange(0, OUTPUTS)
     if SCALED:
         total *= tl.load(scale + output, output < outputs, 0.0)[:, None]
@@ -181,7 +215,7 @@ def _activated(x, ACTIVATION: tl.constexpr):
 def _combine(
     one, first, other, second, first_scale, second_scale, out, rows, outputs, first_splits, second_splits,
     SCALED: tl.constexpr, FIRST_WIDTH: tl.constexpr, SECOND_WIDTH: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr,
-    INPUTS: tl.constexpr, EARLY: tl.constexpr, PER_LINE: tl.constexpr, OVERLAP: tl.constexpr,
+    INPUTS: tl.constexpr, EARLY: tl.constexpr, PER_LINE: tl.constexpr, ACROSS: tl.constexpr, COMPILED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     begin(OVERLAP)
     at, split = tl.program_id(0) * OUTPUTS, tl.program_id(1)
@@ -193,7 +227,7 @@ def _combine(
     start = part * length
     stride = tl.multiple_of(width, 16) if FIRST_WIDTH % 16 == 0 and SECOND_WIDTH % 16 == 0 else width
     stop = tl.minimum(start + length, width)
-    total = _product(x, weight, rows, outputs, at, start, stop, stride, EVEN, ROWS, OUTPUTS, INPUTS, EARLY, PER_LINE, OVERLAP)
+    total = _product(x, weight, rows, outputs, at, start, stop, stride, EVEN, ROWS, OUTPUTS, INPUTS, EARLY, PER_LINE, ACROSS, COMPILED, OVERLAP)
     row, output = tl.arange(0, ROWS), at + tl.arange(0, OUTPUTS)
     if SCALED:
         total *= tl.load(scale + output, output < outputs, 0.0)[:, None]
