@@ -4,6 +4,7 @@ import json
 import re
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -151,9 +152,25 @@ def test_ranks_that_share_a_model_measure_it_together(layout: Layout) -> None:
     assert {(f"decode, batch {batch}", by) for batch in (1, 3) for by in ("deepy", "deepy, plain path")} < set(found[0])
 
 
+@pytest.mark.parametrize(("schedule", "by"), [("in-flight", "deepy"), ("naive", "deepy, naive schedule")])
+def test_a_pipeline_is_measured_by_either_schedule(schedule: str, by: str) -> None:
+    """By the naive one, as by the plain path, all rows go through the stages in turn, and so do the bytes that are read for them."""
+    options = DecodeOptions(batches=(1, 3), span=Span(20, 4), peer_span=Span(20, 4), plain=True, peer=False, compiled=(), folder=None)
+
+    def run(mesh: Mesh) -> dict[tuple[str, str], float | None]:
+        mine = replace(bench(mesh), config=load_config([ROOT / "configs" / "tiny.yml"], {"pipe_schedule": schedule}))
+        return {(row.what, row.by): row.floor for row in measure_decoding(mine, options)}
+
+    for floors in in_world(Layout(pp=2), run):
+        one, three = (floors[f"decode, batch {batch}", by] for batch in (1, 3))
+        plain_one, plain_three = (floors[f"decode, batch {batch}", "deepy, plain path"] for batch in (1, 3))
+        assert (one, three == plain_three) == (plain_one, schedule == "naive")
+        assert (one or 0) < (three or 0)
+
+
 def test_more_rows_than_a_step_takes_are_refused() -> None:
     mine = bench(single_mesh())
-    decoder = serving(mine.stage(), mine, rows=2, tokens=40, context=64)
+    decoder = serving(mine.stage(), mine, rows=2, tokens=40)
     with pytest.raises(ConfigError, match=r"3 rows were asked for, and 2 share a step at most; use a smaller --batch"):
         step_seconds(decoder, 3, Span(20, 4))
     with pytest.raises(FitError, match=r"2 rows of 66 tokens need 4 pages of the cache, and 2 fit; use a smaller --batch"):

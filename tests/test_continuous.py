@@ -9,6 +9,7 @@ import torch
 
 from megatron_lite.errors import CheckpointError, FitError
 from megatron_lite.inference.continuous import ContinuousDecoder
+from megatron_lite.inference.decoders import Load
 from megatron_lite.inference.paged import PAGE, FreePages, PagedCache, page_bytes, pages_for
 from megatron_lite.inference.replicas import complete_all
 from megatron_lite.inference.request import Completion, Request
@@ -31,10 +32,12 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Stage:
     return load(write_random(tmp_path_factory.mktemp("model"), SPEC, tp=2), SPEC, single_mesh())
 
 
-def serve(stage: Stage, asked: Sequence[Request], *, spec: ModelSpec = SPEC, rows: int = 4, pages: int = 40, tokens: int = 100) -> list[Completion]:
+def serve(
+    stage: Stage, asked: Sequence[Request], *, spec: ModelSpec = SPEC, rows: int = 4, pages: int = 40, tokens: int = 100, groups: int | None = None
+) -> list[Completion]:
     """The completions in the order of their prompts."""
     stepper = Stepper(stage, spec, words=512, pages=pages)
-    decoder = ContinuousDecoder(stepper, TOKENIZER, context=spec.max_positions, rows=rows, tokens=tokens)
+    decoder = ContinuousDecoder(stepper, TOKENIZER, context=spec.max_positions, rows=rows, tokens=tokens, groups=groups)
     found = sorted(decoder.complete(asked), key=lambda completion: completion.request.id)
     assert len(decoder.free) == pages - 1, "every page is given back"
     return found
@@ -120,6 +123,23 @@ def test_ranks_that_share_a_model_serve_the_same_text(layout: Layout, rows: int,
 
     expected = told(complete(load(saved, SPEC, single_mesh()), asked, spec=SPEC))
     assert all(found == expected for found in in_world(layout, run))
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7}], ids=str)
+def test_a_pipeline_serves_the_same_text_by_both_schedules(settings: dict[str, float], tmp_path: Path) -> None:
+    saved = write_random(tmp_path, SPEC, tp=2)
+    asked = requests(PROMPTS, maximum_tokens=9, **settings)
+
+    def run(mesh: Mesh) -> list[list[tuple[int, str | None, int, bool, str | None]]]:
+        stage = load(saved, SPEC, mesh)
+        return [told(serve(stage, asked, groups=Load(192, schedule=schedule).groups(mesh.pp.size))) for schedule in ("in-flight", "naive")]
+
+    expected = told(complete(load(saved, SPEC, single_mesh()), asked, spec=SPEC))
+    assert all(found == [expected, expected] for found in in_world(Layout(pp=2), run))
+
+
+def test_a_naive_schedule_has_all_rows_in_one_group() -> None:
+    assert [Load(192, schedule=schedule).groups(4) for schedule in ("in-flight", "naive")] == [4, 1]
 
 
 def test_the_likeliest_token_is_found_without_gathering_logits(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from megatron_lite.benchmark.table import OURS
 from megatron_lite.config.sections import RunConfig
 from megatron_lite.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_lite.errors import TokenizerError
@@ -58,6 +59,12 @@ class Bench:
     def weights(self) -> str:
         source = "random weights" if self.run is None else str(self.run.checkpoint)
         return f"{source} in {self.spec.quantization}" if self.spec.quantization else source
+
+    @property
+    def ours(self) -> str:
+        """Who decodes, as the table names it."""
+        is_naive = self.mesh.pp.size > 1 and self.config.generation.pipe_schedule == "naive"
+        return f"{OURS}, naive schedule" if is_naive else OURS
 
     def stage(self) -> Stage:
         return random_stage(self.architecture, self.spec, self.mesh) if self.run is None else load_stage(self.run)
@@ -137,13 +144,13 @@ def random_tokens(words: int, count: int, *seed: int) -> list[int]:
     return np.random.default_rng(seed).integers(1, words, count).tolist()
 
 
-def serving(stage: Stage, bench: Bench, *, rows: int, tokens: int, context: int) -> ContinuousDecoder:
+def serving(stage: Stage, bench: Bench, *, rows: int, tokens: int) -> ContinuousDecoder:
     """What serves `rows` rows of up to `tokens` tokens each: with captured steps on GPUs, with plain ones elsewhere."""
-    spec = bench.spec
+    spec, load = bench.spec, Load(bench.spec.max_positions, rows, tokens, bench.config.generation.pipe_schedule)
     if stage.mesh.device.type == "cuda":
-        return continuous_decoder(stage, spec, bench.tokenizer, Load(context, rows, tokens))
+        return continuous_decoder(stage, spec, bench.tokenizer, load)
     stepper = Stepper(stage, spec, words=bench.tokenizer.vocab_size, pages=1 + rows * pages_for(tokens))
-    return ContinuousDecoder(stepper, bench.tokenizer, context=context, rows=rows, tokens=2048)
+    return ContinuousDecoder(stepper, bench.tokenizer, context=load.context, rows=rows, tokens=2048, groups=load.groups(stage.mesh.pp.size))
 
 
 def release(device: torch.device) -> None:

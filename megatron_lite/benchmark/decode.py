@@ -78,15 +78,17 @@ def measure_decoding(bench: Bench, options: DecodeOptions) -> Iterator[Row]:
 
 def _ours(bench: Bench, options: DecodeOptions, ceilings: Ceilings) -> Iterator[Row]:
     stage = bench.stage()
-    decoder = serving(stage, bench, rows=max(options.batches), tokens=options.span.longest, context=bench.spec.max_positions)
+    decoder = serving(stage, bench, rows=max(options.batches), tokens=options.span.longest)
     for batch in options.batches:
-        yield step_row(bench, OURS, batch, options.span, median(step_seconds(decoder, batch, options.span)), ceilings)
+        seconds = median(step_seconds(decoder, batch, options.span))
+        yield step_row(bench, bench.ours, batch, options.span, seconds, ceilings, groups=len(decoder.groups))
     decoder.close()
     del decoder
     release(bench.mesh.device)
     if options.plain:
         for batch in options.batches:
-            yield step_row(bench, f"{OURS}, plain path", batch, options.span, median(plain_seconds(bench, stage, batch, options.span)), ceilings)
+            seconds = median(plain_seconds(bench, stage, batch, options.span))
+            yield step_row(bench, f"{OURS}, plain path", batch, options.span, seconds, ceilings, groups=1)
 
 
 def _peer(bench: Bench, options: DecodeOptions, ceilings: Ceilings, peer: Peer) -> Iterator[Row]:
@@ -100,15 +102,16 @@ def _peer(bench: Bench, options: DecodeOptions, ceilings: Ceilings, peer: Peer) 
         ready = time.monotonic() - started
         seconds = peer.step_seconds(tokens, steps=span.steps, static=is_compiled)
         if seconds:
-            yield step_row(bench, name, batch, span, median(seconds), ceilings, note=f"compiled in {ready:.0f} s" if is_compiled else "")
+            note = f"compiled in {ready:.0f} s" if is_compiled else ""
+            yield step_row(bench, name, batch, span, median(seconds), ceilings, groups=bench.mesh.pp.size, note=note)
 
 
-def step_row(bench: Bench, by: str, batch: int, span: Span, seconds: float, ceilings: Ceilings, *, note: str = "") -> Row:
-    """`seconds` are of a step of every stage and replica, of which the slowest counts."""
+def step_row(bench: Bench, by: str, batch: int, span: Span, seconds: float, ceilings: Ceilings, *, groups: int, note: str = "") -> Row:
+    """`seconds` are of a step of every stage and replica, of which the slowest counts; the stages work on `groups` of the rows at a time."""
     mesh, is_ours = bench.mesh, by.startswith(OURS)
     if is_ours:
         seconds = float(mesh.pp.maximum(mesh.dp.maximum(torch.tensor(seconds, dtype=torch.float64, device=mesh.device))))
-    in_turn = -(-batch // mesh.pp.size)  # rows that go through all stages together, while the stages are busy with others
+    in_turn = -(-batch // groups)  # rows that go through all stages together, while the stages are busy with others
     floor = step_bytes(bench.spec, mesh.tp.size, batch=in_turn, context=span.context) / ceilings.stream
     rate = batch * (mesh.dp.size if is_ours else 1) / seconds
     return Row(what=f"decode, batch {batch}", by=by, rate=rate, unit="tokens/s", seconds=seconds, floor=floor, batch=batch, note=note)

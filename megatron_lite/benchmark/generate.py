@@ -13,7 +13,7 @@ from megatron_lite.benchmark.ceilings import Ceilings
 from megatron_lite.benchmark.clock import seconds_of
 from megatron_lite.benchmark.decode import Span, step_row, step_seconds
 from megatron_lite.benchmark.peer import Peer, peers
-from megatron_lite.benchmark.table import OURS, Row
+from megatron_lite.benchmark.table import Row
 from megatron_lite.errors import ConfigError
 from megatron_lite.inference.continuous import ContinuousDecoder
 from megatron_lite.inference.paged import pages_for
@@ -78,12 +78,12 @@ def measure_generation(bench: Bench, options: GenerateOptions) -> Iterator[Row]:
 
 def _ours(bench: Bench, options: GenerateOptions, ceilings: Ceilings) -> Iterator[Row]:
     mesh = bench.mesh
-    decoder = serving(bench.stage(), bench, rows=options.rows, tokens=options.mixture.longest, context=bench.spec.max_positions)
+    decoder = serving(bench.stage(), bench, rows=options.rows, tokens=options.mixture.longest)
     ready = seconds_of(lambda: _warm_up(decoder, options.rows), mesh.device)
-    yield Row(what=f"compile and capture up to {options.rows} rows", by=OURS, seconds=ready)
+    yield Row(what=f"compile and capture up to {options.rows} rows", by=bench.ours, seconds=ready)
     span = _span(options.mixture.longest)
     full = min(FULL, options.rows, (decoder.stepper.pages - 1) // pages_for(span.longest))
-    decoding = step_row(bench, OURS, full, span, median(step_seconds(decoder, full, span)), ceilings)
+    decoding = step_row(bench, bench.ours, full, span, median(step_seconds(decoder, full, span)), ceilings, groups=len(decoder.groups))
     yield decoding
     asked = options.mixture.requests(bench.tokenizer.vocab_size)
     found: list[int] = []
@@ -98,7 +98,7 @@ def _ours(bench: Bench, options: GenerateOptions, ceilings: Ceilings) -> Iterato
     tokens = int(mesh.dp.gather(torch.tensor([sum(found)], device=mesh.device)).sum())
     share = tokens / seconds / (decoding.rate or 1)
     note = f"{_told(asked)}; {share:.0%} of decoding {full} rows"
-    yield Row(what=MIXED, by=OURS, rate=tokens / seconds, unit="tokens/s", seconds=seconds, batch=options.rows, note=note)
+    yield Row(what=MIXED, by=bench.ours, rate=tokens / seconds, unit="tokens/s", seconds=seconds, batch=options.rows, note=note)
 
 
 def _peer(bench: Bench, options: GenerateOptions, peer: Peer) -> Iterator[Row]:

@@ -49,7 +49,7 @@ def measure_prefill(bench: Bench, options: PrefillOptions) -> Iterator[Row]:
 
 
 def _ours(bench: Bench, options: PrefillOptions, ceilings: Ceilings) -> Iterator[Row]:
-    decoder = serving(bench.stage(), bench, rows=max(options.batches), tokens=max(options.lengths), context=bench.spec.max_positions)
+    decoder = serving(bench.stage(), bench, rows=max(options.batches), tokens=max(options.lengths))
     for batch, length in _sizes(options):
         yield _row(bench, OURS, batch, length, median(read_seconds(decoder.stepper, _prompts(bench, batch, length), times=options.times)), ceilings)
     decoder.close()

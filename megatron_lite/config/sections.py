@@ -199,6 +199,9 @@ class GenerationSection(Section):
     recompute: bool = Field(False, description="no cache: every token is computed from the whole text")
     return_logits: bool = Field(False, description="records hold the logits of every new token")
     generation_batch_size: Count = Field(16, description="(ours) prompts that are generated together")
+    pipe_schedule: Literal["in-flight", "naive"] = Field(
+        "in-flight", description="(ours) in-flight: every stage of a pipeline works on rows of its own; naive: on all rows, one stage after the other"
+    )
     sample_interval: Count | None = Field(
         None, description="(ours) in training, steps between completions of sample_input_file's prompts (none: of num_samples empty ones); null makes none"
     )

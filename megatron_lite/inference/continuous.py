@@ -57,9 +57,9 @@ class Group:
 
 class ContinuousDecoder:
     """Continues prompts with one model. Every rank calls it with the same requests and gets the same completions. `rows` prompts with texts of up to `context`
-    tokens share the steps, of which `tokens` are read at once; a pipeline works on as many groups of them as it has stages."""
+    tokens share the steps, of which `tokens` are read at once; a pipeline works on `groups` of them, or on as many as it has stages."""
 
-    def __init__(self, stepper: Stepper, tokenizer: Codec, *, context: int, rows: int, tokens: int) -> None:
+    def __init__(self, stepper: Stepper, tokenizer: Codec, *, context: int, rows: int, tokens: int, groups: int | None = None) -> None:
         self.stepper = stepper
         self.scribe = Scribe(tokenizer, stepper.spec.dtype, partial(first_bad_layer, stepper.stage))
         self.context = context
@@ -67,7 +67,7 @@ class ContinuousDecoder:
         self.device = stepper.mesh.device
         self.courier = Courier(self.device)
         self.free = FreePages(stepper.pages)
-        count = min(rows, stepper.mesh.pp.size)
+        count = min(rows, groups or stepper.mesh.pp.size)
         self.most = -(-rows // count)  # in a group
         self.groups = [Group(Slots.empty(self.most, longest=context, device=self.device), Rules.of([], device=self.device)) for _ in range(count)]
 

@@ -19,7 +19,8 @@ from megatron_lite.parallel.stage import Stage
 
 
 class Decoder:
-    """Continues prompts with one model. Every rank calls it with the same requests and gets the same completions."""
+    """Continues prompts with one model. Every rank calls it with the same requests and gets the same completions. Of a pipeline one stage works at a time,
+    on all rows: pipe_schedule is naive here whatever it says."""
 
     def __init__(
         self, stage: Stage, spec: ModelSpec, tokenizer: Codec, *, context: int, rows: int | None = None, keep_logits: bool = False, recompute: bool = False

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
@@ -25,6 +25,8 @@ MOST_TOKENS = 8192
 LEFT_FREE = 0.1
 """Share of the free memory that stays free beside the cache, for what reading prompts takes for a moment."""
 
+Schedule = Literal["in-flight", "naive"]
+
 
 class Completer(Protocol):
     def complete(self, requests: Sequence[Request], *, watch: Watch | None = None) -> Iterator[Completion]:
@@ -44,6 +46,11 @@ class Load:
     context: int
     rows: int | None = None
     tokens: int | None = None
+    schedule: Schedule = "in-flight"
+
+    def groups(self, stages: int) -> int:
+        """Groups of rows that a pipeline works on: one for every stage, or all rows in one, which one stage after the other works on."""
+        return stages if self.schedule == "in-flight" else 1
 
 
 def decoder_for(stage: Stage, spec: ModelSpec, tokenizer: Codec, load: Load) -> Completer:
@@ -57,11 +64,12 @@ def continuous_decoder(stage: Stage, spec: ModelSpec, tokenizer: Codec, load: Lo
     """Serves as many rows at once as are wanted, and as fit in memory."""
     from megatron_lite.inference.captured import SIZES, CapturedStepper
 
-    rows = min(load.rows or MOST_ROWS, SIZES[-1] * stage.mesh.pp.size)
+    groups = load.groups(stage.mesh.pp.size)
+    rows = min(load.rows or MOST_ROWS, SIZES[-1] * groups)
     pages = 1 + min(rows * pages_for(load.tokens or load.context), _pages_that_fit(stage, spec))
     stepper = CapturedStepper(stage, spec, words=tokenizer.vocab_size, pages=pages)
     tokens = min(MOST_TOKENS, tokens_at_once(spec, stage.mesh.tp.size, stage.mesh.device))
-    return ContinuousDecoder(stepper, tokenizer, context=load.context, rows=rows, tokens=tokens)
+    return ContinuousDecoder(stepper, tokenizer, context=load.context, rows=rows, tokens=tokens, groups=groups)
 
 
 def _pages_that_fit(stage: Stage, spec: ModelSpec) -> int:

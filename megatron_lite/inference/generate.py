@@ -35,7 +35,7 @@ def generate(run: Run) -> None:
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character does not end the run
     sampling, output = default_sampling(run.config), run.config.generation_output
     if output is None:
-        converse(run, sampling, lambda: _decoder(run, Load(run.config.model.seq_length, rows=1)))
+        converse(run, sampling, lambda: _decoder(run, Load(run.config.model.seq_length, rows=1, schedule=run.config.generation.pipe_schedule)))
         return
     if run.mesh.is_writer:
         check_writable(output, source=run.config.generation.sample_input_file)
@@ -57,7 +57,7 @@ def _load_of(run: Run, requests: Sequence[Request]) -> Load:
     context, rows = run.config.model.seq_length, run.config.generation.generation_batch_size
     longest = max((min(len(request.tokens) + request.sampling.maximum_tokens, context) for request in requests), default=1)
     is_said = run.config.where("generation_batch_size") != "default" or run.mesh.device.type != "cuda"
-    return Load(context, rows if is_said else min(MOST_ROWS, len(requests)), longest)
+    return Load(context, rows if is_said else min(MOST_ROWS, len(requests)), longest, run.config.generation.pipe_schedule)
 
 
 def _decoder(run: Run, load: Load) -> Completer:
