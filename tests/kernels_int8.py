@@ -99,7 +99,7 @@ def blocks() -> None:
 
 def steps() -> None:
     """GPT-J, of whose projections one has no bias, and norms that differ between the saved ranks: a step by the kernels, and by the library for many rows."""
-    linear.tiles_for = lambda rows, weight: Tiles(32, 32)
+    linear.tiles_for = lambda rows, weight, outputs=0: Tiles(32, 32)
     attention.splits_for = lambda rows, groups: 2
     for kind in ("parallel", "gptj"):
         stage, spec = stage_of(kind)

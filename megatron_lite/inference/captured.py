@@ -18,7 +18,7 @@ from megatron_lite.parallel.layers import LayerNorm, VocabularyEmbedding
 from megatron_lite.parallel.peers import connect
 from megatron_lite.parallel.stage import Stage
 
-SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256)
 """Batches that are captured; others run in the next larger one, with empty slots."""
 
 

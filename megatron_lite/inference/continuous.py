@@ -103,7 +103,8 @@ class ContinuousDecoder:
 
     def _serve(self, rows: Sequence[Served], watch: Watch | None) -> Iterator[Row]:
         yield from (row for row in rows if row.limit <= 0)
-        waiting = deque(row for row in rows if row.limit > 0)
+        # those that may take longest come first, or the last of them would be continued almost alone
+        waiting = deque(sorted((row for row in rows if row.limit > 0), key=lambda row: -row.limit))
         self._check(waiting)
         while waiting or any(group.rows or group.flights for group in self.groups):
             for group in self.groups:
@@ -125,7 +126,7 @@ class ContinuousDecoder:
         """Reads the prompts for which there is room, if they are worth a pass. Where there are few, every group gets some."""
         here = min(self.most, len(group.rows) + -(-len(waiting) // len(self.groups)))
         room = here - len(group.rows)
-        if room < min(len(waiting), max(1, self.most // 16)):
+        if room < min(len(waiting), max(1, self.most // 8)):
             return
         coming: list[Served] = []
         tokens = pages = 0

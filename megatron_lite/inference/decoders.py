@@ -18,7 +18,7 @@ from megatron_lite.models.spec import ModelSpec
 from megatron_lite.parallel.budget import free_memory
 from megatron_lite.parallel.stage import Stage
 
-MOST_ROWS = 128
+MOST_ROWS = 192
 """Rows that share a step on a GPU where nobody says otherwise."""
 MOST_TOKENS = 8192
 """Prompt tokens that are read at once."""

@@ -26,6 +26,12 @@ def is_compiled() -> bool:
 
 
 @cache
+def multiprocessors() -> int:
+    """Of this GPU; an H200's where there is none."""
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count if torch.cuda.is_available() else 132
+
+
+@cache
 def shared_memory() -> int:
     """Bytes that one program of a kernel can share between its threads; an H200's where there is no GPU."""
     if not torch.cuda.is_available():

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_lite.inference.kernels.launch import LINE, begin, fetch, is_compiled, options, overlap, shared_memory, wait
+from megatron_lite.inference.kernels.launch import LINE, begin, fetch, is_compiled, multiprocessors, options, overlap, shared_memory, wait
 
 # m rows, k inputs, n outputs on this rank, c copies of norms
 
@@ -50,13 +50,15 @@ class Tiles:
     across: bool = False
 
 
-def tiles_for(rows: int, weight: Tensor) -> Tiles:
-    """What was fastest on an H200 for matrices of 20B, whole and cut in four."""
+def tiles_for(rows: int, weight: Tensor, *, outputs: int = 0) -> Tiles:
+    """What was fastest on an H200 for matrices of 20B, whole and cut in two and four. `outputs` where they alone are spread over the programs."""
     if weight.dtype == torch.int8:
         return Tiles(64, 256, stages=2, early=1024, across=True) if rows <= 16 else Tiles(128, 128, warps=8, stages=3, early=1024)
     if weight.dtype == torch.float32:
         return Tiles(32, 32, stages=2)
-    return Tiles(64, 128) if rows <= 16 else Tiles(128, 128, warps=8)
+    if rows <= 16:
+        return Tiles(64, 128)
+    return Tiles(64, 128, stages=5) if 0 < outputs <= 2 * 128 * multiprocessors() else Tiles(128, 128)
 
 
 def fitting(tiles: Tiles, rows: int, weight: Tensor, *, room: int, is_hopper: bool) -> Tiles:
@@ -66,8 +68,8 @@ def fitting(tiles: Tiles, rows: int, weight: Tensor, *, room: int, is_hopper: bo
     return replace(tiles, stages=max(1, min(tiles.stages, room // each + (not is_hopper))))
 
 
-def _tiles(rows: int, weight: Tensor) -> Tiles:
-    return fitting(tiles_for(rows, weight), rows, weight, room=shared_memory(), is_hopper=overlap())
+def _tiles(rows: int, weight: Tensor, *, outputs: int = 0) -> Tiles:
+    return fitting(tiles_for(rows, weight, outputs=outputs), rows, weight, room=shared_memory(), is_hopper=overlap())
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def project(
     weights in int8."""
     rows, width = x.shape[1:]
     first, second = weights
-    tiles = tiles or _tiles(rows, first)
+    tiles = tiles or _tiles(rows, first, outputs=len(first) + len(second))
     blocks = triton.cdiv(len(first), tiles.outputs) + triton.cdiv(len(second), tiles.outputs)
     _project[(blocks,)](
         x, first, x if biases[0] is None else biases[0], outs[0], second, x if biases[1] is None else biases[1], outs[1], *(scales or weights),
