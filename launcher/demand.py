@@ -6,6 +6,7 @@ from typing import cast
 
 from megatron_lite.config.lora import LoraSection
 from megatron_lite.config.sections import Family, RunConfig
+from megatron_lite.models.spec import ModelSpec
 from megatron_lite.models.training_memory import LIVE, REDUCED, Lora, Training
 from megatron_lite.parallel.layout import Layout
 
@@ -22,15 +23,21 @@ class Change:
     rows: int | None = None
     zero: int | None = None
     lora: bool = False
+    in_8_bits: bool = False
 
     def applied(self, training: Training) -> Training:
         changed = replace(training, rows=self.rows or training.rows, zero=training.zero if self.zero is None else self.zero)
         changed = replace(changed, recompute=max(1, training.recompute)) if self.recompute else changed
         return replace(changed, lora=ADAPTERS) if self.lora else changed
 
+    def held(self, spec: ModelSpec) -> ModelSpec:
+        """The model, with its weights as they are held."""
+        return replace(spec, quantization="int8") if self.in_8_bits else spec
+
 
 ADAPTERS = Lora(16, ("query_key_value",))
 LORA = "lora.rank=16"
+IN_8_BITS = "weight_quantization=int8"
 
 
 def training_of(config: RunConfig, layout: Layout) -> Training:
@@ -71,7 +78,9 @@ def changes_for(training: Training, layout: Layout) -> list[Change]:
     stages = [Change((f"zero_optimization.stage={stage}",), zero=stage) for stage in (2, 3) if layout.pp == 1 and layout.dp > 1 and training.zero < stage]
     small = _joined(*recompute, *fewer)
     single = [Change(), *recompute, *fewer, *([small] if len(small.words) > 1 else [])]
-    return [*single, *(_joined(small, stage) for stage in stages), *([_joined(small, Change((LORA,), lora=True))] if training.lora is None else [])]
+    adapters = small if training.lora else _joined(small, Change((LORA,), lora=True))
+    last = [*([] if training.lora else [adapters]), _joined(adapters, Change((IN_8_BITS,), in_8_bits=True))]
+    return [*single, *(_joined(small, stage) for stage in stages), *last]
 
 
 def _joined(*changes: Change) -> Change:
@@ -81,6 +90,7 @@ def _joined(*changes: Change) -> Change:
         next((change.rows for change in changes if change.rows), None),
         next((change.zero for change in changes if change.zero is not None), None),
         any(change.lora for change in changes),
+        any(change.in_8_bits for change in changes),
     )
 
 

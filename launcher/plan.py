@@ -95,12 +95,13 @@ def weigh(hardware: Hardware, layout: Layout, spec: ModelSpec, *, rows: int, con
 
 def weigh_training(hardware: Hardware, layout: Layout, spec: ModelSpec, training: Training) -> Plan:
     stages = tuple(training_footprint(spec, layout, stage, training) for stage in range(layout.pp))
-    return Plan(hardware, layout, 0, training.tokens, stages, training_work(training))
+    return Plan(hardware, layout, 0, training.tokens, stages, training_work(training, spec))
 
 
-def training_work(training: Training) -> str:
+def training_work(training: Training, spec: ModelSpec) -> str:
     """What is trained and how, in words."""
     what = f"LoRA of rank {training.lora.rank}" if training.lora else "full training"
+    what += f" beside weights in {spec.quantization}" if spec.quantization else ""
     activations = "activations computed again" if training.recompute else "all activations kept"
     offload = ", optimizer on the host" if training.offload_optimizer else ""
     return f"{what}: {training.rows} x {training.tokens} tokens at once, ZeRO {max(1, training.zero)}, {activations}{offload}"

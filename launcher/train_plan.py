@@ -39,6 +39,7 @@ class TrainPlanner:
         training = training_of(self.config, layout)
         training = change.applied(training) if change else training
         hardware, spec = hardware or self.planner.hardware, self.spec(layout)
+        spec = change.held(spec) if change else spec
         itself = ITSELF[hardware.kind]
 
         def needs(cut: Layout, stage: int) -> int:
@@ -78,7 +79,7 @@ class TrainPlanner:
         hardware = self.planner.hardware
         devices = layout.size if hardware.kind == "CPU" else len(hardware)
         found = list(self.fitting(list(dict.fromkeys([layout, *self.layouts(devices)]))))
-        found.sort(key=lambda choice: choice[0].lora)  # adapters train less: what trains all comes first
+        found.sort(key=lambda choice: (choice[0].lora, choice[0].in_8_bits))  # adapters train less: what trains all comes first
         if found:
             return "here would fit: " + "; ".join(_choice(change, plan, layout) for change, plan in found[:REMEDIES])
         if hardware.kind == "CPU":

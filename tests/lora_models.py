@@ -1,5 +1,6 @@
 """Small trainings of low-rank adapters, and the plain PyTorch loop that they must agree with."""
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -13,6 +14,7 @@ from megatron_lite.models.architecture import architecture_named
 from megatron_lite.models.spec import ModelSpec
 from megatron_lite.parallel.layout import stage_numbers
 from megatron_lite.parallel.mesh import Axis, Mesh, single_mesh
+from megatron_lite.parallel.quantized import quantize
 from megatron_lite.training.engine import Engine, start_engine
 from megatron_lite.training.fresh import draw_layer
 from megatron_lite.training.lora import put_adapters, targets
@@ -25,13 +27,25 @@ EVERYWHERE = LoraSection.model_validate({"rank": 4, "alpha": 8.0, "targets": TAR
 
 
 def base_layers(spec: ModelSpec, mesh: Mesh, numbers: list[int], dtype: torch.dtype = torch.float32) -> dict[int, nn.Module]:
-    """New weights, in the place of a checkpoint's."""
+    """New weights, in the place of a checkpoint's; in 8 bits where the spec says so."""
     plan = architecture_named(spec.family).plan(spec, mesh.tp)
     layers = {number: plan[number]() for number in numbers}
     for number, layer in layers.items():
         draw_layer(layer, number, model=SECTION, spec=spec, seed=RECIPE.seed, tp=mesh.tp)
         layer.to(dtype)
+        if spec.quantization:
+            quantize(layer, mesh.tp)
     return layers
+
+
+@torch.no_grad()
+def round_to_127(layers: dict[int, nn.Module]) -> None:
+    """Rounds the matrices of blocks as 8 bits would, and keeps them in fp32: the largest number of each row becomes 127 steps."""
+    for layer in layers.values():
+        for module in layer.modules():
+            if isinstance(module, nn.Linear):
+                steps = module.weight.abs().amax(1, keepdim=True) / 127
+                module.weight.copy_((module.weight / steps).round() * steps)
 
 
 def with_new_adapters(layers: dict[int, nn.Module], spec: ModelSpec, mesh: Mesh, lora: LoraSection) -> dict[int, nn.Module]:
@@ -48,8 +62,11 @@ def adapted_engine(spec: ModelSpec, mesh: Mesh, recipe: Recipe, lora: LoraSectio
 @cache
 def plain_lora_loop(spec: ModelSpec) -> list[tuple[float, float]]:
     """Losses and gradient norms of eight steps, with W + alpha / rank * B A written out for every target, as PyTorch alone computes them."""
-    layers = base_layers(spec, single_mesh(), stage_numbers(spec.layers, 1)[0])
-    adapters = drawn(spec, EVERYWHERE)
+    whole = replace(spec, quantization=None)
+    layers = base_layers(whole, single_mesh(), stage_numbers(spec.layers, 1)[0])
+    if spec.quantization:
+        round_to_127(layers)
+    adapters = drawn(whole, EVERYWHERE)
     learned = nn.ParameterList([factor for layer in adapters.values() for pair in layer.values() for factor in pair])
     optimizer = build_optimizer(RECIPE.optimizer, parameter_groups(learned, RECIPE.optimizer.weight_decay), rate=0.0)
     steps = []

@@ -163,7 +163,8 @@ def test_only_the_matrices_of_blocks_are_held_in_8_bits(tmp_path: Path) -> None:
     kinds = {name: parameter.dtype for layer in stage.layers.values() for name, parameter in layer.named_parameters()}
     matrices = {"attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"}
     assert {name for name in kinds if kinds[name] == torch.int8} == {f"{name}.weight" for name in matrices}
-    assert set(kinds.values()) - {torch.int8} == {torch.float32}
+    assert {name for name in kinds if kinds[name] == torch.int32} == {f"{name}.scale_bits" for name in matrices}
+    assert set(kinds.values()) - {torch.int8, torch.int32} == {torch.float32}
     assert held(stage) == generation_footprint(replace(BYTES, quantization="int8"), Layout(), 0, rows=0, context=0).weights
 
 
@@ -214,13 +215,13 @@ def test_adapters_are_added_before_the_sum_is_rounded(tmp_path: Path) -> None:
     assert torch.equal(held.weight, rounded(whole.weight, row_scale(whole.weight, Axis("tp"))))
 
 
-def test_training_refuses_weights_of_8_bits() -> None:
+def test_training_all_weights_refuses_8_bits() -> None:
     config = load_config([ROOT / "configs" / "tiny.yml", ROOT / "configs" / "finetune-cpu.yml"], {"weight_quantization": "int8"})
     with pytest.raises(ConfigError) as error:
         plan_training(config, hardware_named("1x24GB"), 4096)
     assert str(error.value) == (
-        "weight_quantization is int8 (command line); weights of 8 bits are for generation and evaluation, training needs all bits of them: "
-        "set weight_quantization=null"
+        "weight_quantization is int8 (command line), and lora is not set: weights of 8 bits stay as they are in a training, "
+        "only adapters beside them can learn; set lora, for instance lora.rank=16, or weight_quantization=null to train all weights"
     )
 
 

@@ -8,10 +8,11 @@ import torch
 
 from megatron_lite.config.lora import LoraSection
 from megatron_lite.models.memory import Footprint, generation_footprint
-from megatron_lite.models.spec import DType, ModelSpec
+from megatron_lite.models.spec import DType, ModelSpec, Quantization
 from megatron_lite.models.training_memory import Lora, Training, adapter_parameters, training_footprint
 from megatron_lite.parallel.layout import Layout
 from megatron_lite.parallel.mesh import Mesh
+from megatron_lite.parallel.quantized import quantize
 from megatron_lite.training.engine import start_engine
 from megatron_lite.training.lora import put_adapters
 from megatron_lite.training.recipe import Batching
@@ -26,15 +27,19 @@ ROWS, TOKENS, BUCKET = 4, 64, 100_000
 DATA = Samples(torch.randint(0, SPEC.vocab, (64, TOKENS + 1), generator=torch.Generator().manual_seed(0)))
 
 
-def measured(layout: Layout, dtype: DType, *, zero: int, recompute: int, lora: LoraSection | None = None) -> list[tuple[int, Footprint]]:
+def measured(
+    layout: Layout, dtype: DType, *, zero: int, recompute: int, lora: LoraSection | None = None, quantization: Quantization | None = None
+) -> list[tuple[int, Footprint]]:
     """The most bytes of tensors that were alive in a second step, and the plan, of every rank."""
 
     def take_steps(mesh: Mesh) -> tuple[int, Footprint]:
         batching = Batching(micro=ROWS, accumulation=2, replicas=layout.dp)
         settings = {"stage": zero, "reduce_bucket_size": BUCKET}
-        spec = replace(SPEC, dtype=dtype)
+        spec = replace(SPEC, dtype=dtype, quantization=quantization)
         recipe = replace(RECIPE, batching=batching, dtype=getattr(torch, dtype), recompute=recompute, zero=settings)
         stage = fresh_stage(spec, mesh, recipe).to(recipe.dtype)
+        for layer in stage.layers.values() if quantization else ():
+            quantize(layer, mesh.tp)
         if lora:
             put_adapters({int(number): layer for number, layer in stage.layers.items()}, lora, None, family=spec.family, seed=1, tp=mesh.tp)
         foreign = {id(tensor.untyped_storage()) for tensor in alive()} - {id(parameter.untyped_storage()) for parameter in stage.parameters()}

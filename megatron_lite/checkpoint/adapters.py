@@ -17,7 +17,7 @@ from megatron_lite.errors import CheckpointError
 from megatron_lite.models.architecture import Architecture
 from megatron_lite.models.spec import ModelSpec
 from megatron_lite.models.weights import ByHead, Same, Stacked
-from megatron_lite.parallel.adapter import ADAPTED, merge_delta
+from megatron_lite.parallel.adapter import ADAPTED, kind_of, merge_delta
 from megatron_lite.parallel.mesh import Axis
 from megatron_lite.parallel.shards import Rule
 
@@ -50,7 +50,7 @@ class Adapters:
 def linears(layer: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """The linear layers that can have an adapter, by path."""
     for path, module in layer.named_modules():
-        if type(module) in ADAPTED:
+        if kind_of(module) in ADAPTED:
             yield path, cast(nn.Linear, module)
 
 

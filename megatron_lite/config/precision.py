@@ -54,10 +54,10 @@ def _asked(key: str, value: object) -> Precision | None:
 def check_trainable(config: RunConfig) -> None:
     """Raises ConfigError for weights that are held in a way that cannot be trained."""
     held = config.model.weight_quantization
-    if held is not None:
+    if held is not None and config.training.lora is None:
         raise ConfigError(
-            f"weight_quantization is {held} ({config.where('weight_quantization')}); weights of 8 bits are for generation and evaluation, training needs "
-            "all bits of them: set weight_quantization=null"
+            f"weight_quantization is {held} ({config.where('weight_quantization')}), and lora is not set: weights of 8 bits stay as they are in a training, "
+            "only adapters beside them can learn; set lora, for instance lora.rank=16, or weight_quantization=null to train all weights"
         )
 
 

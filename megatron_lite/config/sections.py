@@ -37,7 +37,7 @@ class ModelSection(Section):
     architecture: Family | None = Field(None, description="(ours) family of the model; null derives neox or llama from the other keys")
     precision: Precision | None = Field(None, description="number format of the weights; null looks at fp16 and bf16")
     weight_quantization: Literal["int8"] | None = Field(
-        None, description="(ours) int8 holds the matrices of the blocks in 8 bits, one scale a row (generation and evaluation); null holds them in precision"
+        None, description="(ours) int8 holds the matrices of the blocks in 8 bits, one scale a row; with lora also in training. null holds them in precision"
     )
     num_kv_heads: Count | None = Field(None, description="heads of keys and values, for grouped-query attention; null is num_attention_heads")
     intermediate_size: Count | None = Field(None, description="width of the MLP; null is 4 x hidden_size. Of swiglu a third is the real width, as in NeoX")

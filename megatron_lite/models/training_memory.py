@@ -1,8 +1,8 @@
 """How many bytes a training needs on each GPU, by part, as DeepSpeed 0.19 keeps things. Pure Python."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from megatron_lite.models.memory import Footprint, stage_blocks, stage_parameters
+from megatron_lite.models.memory import Footprint, block_matrices, layer_bytes, stage_blocks, stage_bytes, stage_parameters
 from megatron_lite.models.spec import BYTES, ModelSpec
 from megatron_lite.parallel.layout import Layout
 
@@ -48,15 +48,16 @@ def training_footprint(spec: ModelSpec, layout: Layout, stage: int, training: Tr
     trained = adapters or held
     own = -(-trained // layout.dp)
     gradients, coming, reducing = _gradients(spec, layout, training, trained)
-    weights, gathered = size * (held + adapters), 0
+    base, gathered = stage_bytes(spec, layout, stage), 0
+    weights = base + size * adapters
     if training.zero == 3:
         weights = -(-weights // layout.dp)
-        gathered = size * (min(training.live, held) + min(PREFETCHED, held)) if layout.dp > 1 else 0
+        gathered = base * (min(training.live, held) + min(PREFETCHED, held)) // held if layout.dp > 1 else 0
     kept, work = _activations(spec, layout, stage, training)
     logits = _logits(spec, layout, stage, training)
     before = max(logits, work)  # the backward pass begins with the logits, and with room for no gradient yet
     beyond = max(0, coming + max(work, reducing) - kept - before)
-    return Footprint(
+    found = Footprint(
         weights=weights,
         gradients=gradients + min(beyond, coming),
         masters=0 if on_host or (training.zero == 3 and spec.dtype == "float32") else 4 * own,
@@ -65,6 +66,12 @@ def training_footprint(spec: ModelSpec, layout: Layout, stage: int, training: Tr
         logits=logits,
         buffers=gathered + max(0, beyond - coming),
     )
+    return replace(found, buffers=found.buffers + _loading(spec, layout.tp, beside=found.total - weights))
+
+
+def _loading(spec: ModelSpec, tp: int, *, beside: int) -> int:
+    """Bytes of the block that is whole until it is rounded to 8 bits, beyond the room of what is not there yet while weights are loaded."""
+    return 0 if spec.quantization is None else max(0, layer_bytes(replace(spec, quantization=None), 2, tp) - beside)
 
 
 def _gradients(spec: ModelSpec, layout: Layout, training: Training, trained: int) -> tuple[int, int, int]:
@@ -90,6 +97,8 @@ def _activations(spec: ModelSpec, layout: Layout, stage: int, training: Training
     under_way = min(layout.pp - stage, training.accumulation)
     exchanged = 2 * between * max(2, under_way) if layout.pp > 1 else 0
     work = tokens * size * (2 * spec.hidden + (2 if spec.family == "llama" else 1) * spec.ffn // layout.tp)
+    if spec.quantization is not None:  # a matrix as it is multiplied with
+        work += size * max(outputs * inputs for outputs, inputs in block_matrices(spec, layout.tp))
     return kept * under_way + exchanged, block * again + work
 
 

@@ -1,6 +1,6 @@
 """Low-rank adapters (Hu et al. 2021): frozen linear layers that add B A x, where A and B are small and train, at every cut.
 
-A and B of a layer live beside its weight, in one module, so that the layer's own names and rules stay what they are.
+A and B of a layer live beside its weight, in one module, so that the layer's own names and rules stay what they are. The weight may be held in 8 bits.
 """
 
 from collections.abc import Iterable, Sequence
@@ -23,6 +23,7 @@ from megatron_lite.parallel.layers import (
     columns,
 )
 from megatron_lite.parallel.mesh import Axis
+from megatron_lite.parallel.quantized import Quantized, QuantizedColumns, product
 from megatron_lite.parallel.shards import Replicate, Rule, Split, take
 
 # b batch, s tokens in this call, d input size, r rank
@@ -44,7 +45,7 @@ def low_rank_delta(weight: Rule, a: Tensor, b: Tensor, *, index: int, size: int)
 class Adapted(nn.Module):
     """A frozen linear layer and its adapter. B begins with zeros, so that at first nothing is added."""
 
-    def __init__(self, base: nn.Linear, *, rank: int, scale: float, tp: Axis) -> None:
+    def __init__(self, base: nn.Linear | Quantized, *, rank: int, scale: float, tp: Axis) -> None:
         super().__init__()
         stated = cast(dict[str, Rule], base.rules)
         rule_a, rule_b = factor_rules(stated["weight"])
@@ -53,8 +54,9 @@ class Adapted(nn.Module):
         self.weight, self.bias = base.weight.requires_grad_(False), base.bias
         if self.bias is not None:
             self.bias.requires_grad_(False)
-        self.lora_A = nn.Parameter(self.weight.new_zeros(rank, self.weight.shape[1]))
-        self.lora_B = nn.Parameter(self.weight.new_zeros(self.weight.shape[0], rank))
+        self.scale_bits, dtype = (base.scale_bits, base.dtype) if isinstance(base, Quantized) else (None, base.weight.dtype)
+        self.lora_A = nn.Parameter(self.weight.new_zeros(rank, self.weight.shape[1], dtype=dtype))
+        self.lora_B = nn.Parameter(self.weight.new_zeros(self.weight.shape[0], rank, dtype=dtype))
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A and B. Of the one that every rank holds whole, the ranks' gradients are terms of a sum."""
@@ -67,7 +69,7 @@ class Adapted(nn.Module):
         a, b = self.factors()
         rows = x.flatten(0, -2)
         low = F.linear(rows, a) * self.scale
-        return F.linear(rows, self.weight, bias).addmm_(low, b.T).unflatten(0, x.shape[:-1])
+        return product(rows, self.weight, self.scale_bits, bias).addmm_(low, b.T).unflatten(0, x.shape[:-1])
 
 
 class AdaptedPartialColumns(Adapted):
@@ -77,13 +79,13 @@ class AdaptedPartialColumns(Adapted):
         if x.dim() == 3:
             return self.adapted(x, self.bias)
         a, b = self.factors()  # an x for every saved rank, from norms that drifted apart
-        return columns(x, self.weight, self.bias) + columns(F.linear(x, a) * self.scale, b)
+        return product(x, self.weight, self.scale_bits, self.bias) + columns(F.linear(x, a) * self.scale, b)
 
 
 class AdaptedColumns(AdaptedPartialColumns):
     """Of every other layer whose ranks compute different output columns: ColumnLinear, StackedColumnLinear, GroupedQueryLinear."""
 
-    def __init__(self, base: nn.Linear, *, rank: int, scale: float, tp: Axis) -> None:
+    def __init__(self, base: nn.Linear | Quantized, *, rank: int, scale: float, tp: Axis) -> None:
         super().__init__(base, rank=rank, scale=scale, tp=tp)
         self.entry = tp
 
@@ -116,10 +118,15 @@ ADAPTED: dict[type[nn.Module], type[Adapted]] = {
 }
 
 
+def kind_of(module: nn.Module) -> type[nn.Module]:
+    """The class of a layer, also of one whose weight is held in 8 bits."""
+    return module.kind if isinstance(module, Quantized) else type(module)
+
+
 def adapt(layer: nn.Module, path: str, *, rank: int, scale: float, tp: Axis) -> Adapted:
     """Puts an adapter on the linear layer at `path` of a layer, whose parameters keep their paths."""
     base = layer.get_submodule(path)
-    made = ADAPTED[type(base)](cast(nn.Linear, base), rank=rank, scale=scale, tp=tp)
+    made = ADAPTED[kind_of(base)](cast(nn.Linear | Quantized, base), rank=rank, scale=scale, tp=tp)
     parent, _, name = path.rpartition(".")
     setattr(layer.get_submodule(parent), name, made)
     return made
@@ -132,7 +139,7 @@ def sum_before_norms(layers: Iterable[nn.Module], tp: Axis) -> None:
     for module in modules if norms else ():  # RMSNorms are the same on every rank
         if isinstance(module, AdaptedColumns):
             module.entry = Axis(tp.name)
-        elif isinstance(module, ColumnLinear | VocabularyLinear):
+        elif isinstance(module, ColumnLinear | QuantizedColumns | VocabularyLinear):
             module.tp = Axis(tp.name)
     for norm in norms:
         norm.register_forward_pre_hook(lambda _, inputs: tp.copy(inputs[0]))

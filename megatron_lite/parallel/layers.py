@@ -12,7 +12,7 @@ from megatron_lite.parallel.shards import Partial, RankLocal, Replicate, Rule, S
 
 def columns(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """[b s d] -> [b s columns]. From norms that drifted apart comes one x for every saved rank, [ranks b s d], each meant for the columns of its rank."""
-    if x.dim() == 3:
+    if x.dim() < 4:
         return F.linear(x, weight, bias)
     biases = bias.chunk(len(x)) if bias is not None else [None] * len(x)
     return torch.cat([F.linear(*mine) for mine in zip(x, weight.chunk(len(x)), biases, strict=True)], -1)

@@ -1,12 +1,12 @@
 """Linear layers whose weights are held as 8-bit integers: symmetric, with one scale for every output row, whose largest number becomes 127.
 
-A second implementation of the linear layers in layers.py, put in their place when a layer has been filled. For inference only.
+A second implementation of the linear layers in layers.py, put in their place when a layer has been filled. The weights themselves do not train, but
+gradients pass through them, so that adapters beside them can.
 """
 
-from typing import cast
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_lite.parallel.layers import (
@@ -19,43 +19,86 @@ from megatron_lite.parallel.layers import (
     columns,
 )
 from megatron_lite.parallel.mesh import Axis
-from megatron_lite.parallel.shards import Rule, Split
+from megatron_lite.parallel.shards import Replicate, Rule, Split
 
 # b batch, s tokens in this call, d input size, n outputs on this rank
 
+BITS = "scale_bits"
 LARGEST = 127
 AT_ONCE = 1 << 21
 """Numbers that are rounded at once: what is computed in fp32 on the way stays small, so that a GPU's allocator keeps it apart from what stays."""
 
 
+class _Product(torch.autograd.Function):
+    """W x, which keeps the 8-bit numbers for the backward pass and makes the matrix of them a second time there: none is alive in between."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        ctx.copies = len(x) if x.dim() == 4 else None
+        return columns(x, dequantized(weight, scale, x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,), (weight, scale) = gradients, ctx.saved_tensors
+        whole = dequantized(weight, scale, gradient.dtype)
+        if ctx.copies is None:
+            return gradient @ whole, None, None, None
+        parts = zip(gradient.chunk(ctx.copies, -1), whole.chunk(ctx.copies), strict=True)
+        return torch.stack([part @ rows for part, rows in parts]), None, None, None
+
+
+def product(x: Tensor, weight: Tensor, bits: Tensor | None, bias: Tensor | None) -> Tensor:
+    """[b s d] -> [b s n], as `columns` does it, of a frozen weight in 8 bits, or of one that is whole (no `bits` of scales)."""
+    return columns(x, weight, bias) if bits is None else _Product.apply(x, weight, bits.view(torch.float32), bias)
+
+
 class Quantized(nn.Module):
-    """weight [n d] in int8 and scale [n] in fp32, whose product is the weight of the layer that this one replaces. [b s d] -> [b s n]."""
+    """weight [n d] in int8 and scale [n] in fp32, whose product is the weight of the layer that this one replaces. [b s d] -> [b s n].
+
+    `kind` and `dtype` are the class of that layer and the format of its weight.
+    """
 
     def __init__(self, base: nn.Linear, *, tp: Axis) -> None:
         super().__init__()
-        cut = cast(dict[str, Rule], base.rules)["weight"] == Split(1)
-        scale = row_scale(base.weight, tp if cut else Axis(tp.name))
+        stated = cast(dict[str, Rule], base.rules)
+        by_inputs = stated["weight"] == Split(1)
+        scale = row_scale(base.weight, tp if by_inputs else Axis(tp.name))
+        self.kind, self.dtype = type(base), base.weight.dtype
+        self.rules: dict[str, Rule] = {**stated, BITS: Replicate() if by_inputs else stated["weight"]}
         self.weight = nn.Parameter(rounded(base.weight, scale), requires_grad=False)
-        self.scale = nn.Parameter(scale, requires_grad=False)
+        # held as integers: what casts a model to half precision, as DeepSpeed does, would round the scales too
+        self.scale_bits = nn.Parameter(scale.view(torch.int32), requires_grad=False)
         self.bias, self.tp = base.bias, tp
 
+    @property
+    def scale(self) -> Tensor:
+        return self.scale_bits.view(torch.float32)
+
     def forward(self, x: Tensor) -> Tensor:
-        return columns(x, dequantized(self.weight, self.scale, x.dtype), self.bias)
+        return product(x, self.weight, self.scale_bits, self.bias)
+
+
+class QuantizedColumns(Quantized):
+    """Of layers that take the whole input by themselves."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.tp.copy(x))
 
 
 class QuantizedRows(Quantized):
     """Of RowLinear: outputs are summed, then the bias is added."""
 
     def forward(self, x: Tensor) -> Tensor:
-        summed = self.tp.sum(F.linear(x, dequantized(self.weight, self.scale, x.dtype)))
+        summed = self.tp.sum(product(x, self.weight, self.scale_bits, None))
         return summed if self.bias is None else summed + self.bias
 
 
 QUANTIZED: dict[type[nn.Module], type[Quantized]] = {
-    ColumnLinear: Quantized,
+    ColumnLinear: QuantizedColumns,
     PartialColumnLinear: Quantized,
-    StackedColumnLinear: Quantized,
-    GroupedQueryLinear: Quantized,
+    StackedColumnLinear: QuantizedColumns,
+    GroupedQueryLinear: QuantizedColumns,
     PartialRowLinear: Quantized,
     RowLinear: QuantizedRows,
 }

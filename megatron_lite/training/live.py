@@ -29,5 +29,4 @@ class Uses:
 def live_stage(engine: Engine, spec: ModelSpec) -> Stage:
     """The layers that are being trained, as inference knows them."""
     layers = {int(number): layer for number, layer in engine.stage.layers.items()}
-    dtype = next(parameter.dtype for layer in layers.values() for parameter in layer.parameters())
-    return Stage(layers, engine.mesh, spec.hidden, dtype)
+    return Stage(layers, engine.mesh, spec.hidden, engine.recipe.dtype)

@@ -21,6 +21,7 @@ from megatron_lite.models.spec import DType, ModelSpec, spec_of
 from megatron_lite.parallel.budget import hold_to
 from megatron_lite.parallel.layout import check_cut
 from megatron_lite.parallel.mesh import Mesh, build_mesh, joined_world
+from megatron_lite.parallel.quantized import quantize
 from megatron_lite.run import Run, layout_of, prepare
 from megatron_lite.training.beginning import Beginning, beginning_of, stored_state, tidy, with_adapters_that_are_there
 from megatron_lite.training.engine import Engine, start_engine
@@ -157,8 +158,10 @@ def _in_fp32(training: Training, run: Run, number: int) -> Mapping[str, Mapping[
 
 
 def _loaded(training: Training, run: Run, numbers: list[int], dtype: torch.dtype) -> dict[int, nn.Module]:
-    plan = training.architecture.plan(training.spec, training.mesh.tp)
-    return load_layers(plan, numbers, run.source, tp=training.mesh.tp, dtype=dtype, device=training.mesh.device, progress=lambda count: None)
+    tp, device = training.mesh.tp, training.mesh.device
+    plan = training.architecture.plan(training.spec, tp)
+    settle = (lambda _, layer: quantize(layer, tp)) if training.spec.quantization else None
+    return load_layers(plan, numbers, run.source, tp=tp, dtype=dtype, device=device, progress=lambda count: None, settle=settle)
 
 
 def _drawn(training: Training, numbers: list[int]) -> dict[int, nn.Module]:
