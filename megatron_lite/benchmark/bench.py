@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from megatron_lite.benchmark.table import OURS
+from megatron_lite.benchmark.table import OURS, Row
 from megatron_lite.config.sections import RunConfig
 from megatron_lite.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_lite.errors import TokenizerError
@@ -20,6 +20,7 @@ from megatron_lite.inference.step import Stepper
 from megatron_lite.log import logger
 from megatron_lite.models.architecture import Architecture, architecture_named
 from megatron_lite.models.spec import DTYPES, DType, ModelSpec, spec_of
+from megatron_lite.parallel.budget import hold_to
 from megatron_lite.parallel.layout import Layout, check_cut
 from megatron_lite.parallel.mesh import Mesh, build_mesh, joined_world
 from megatron_lite.parallel.quantized import quantize
@@ -86,6 +87,7 @@ def open_bench(config: RunConfig, *, vocab: int | None, from_checkpoint: bool) -
 @contextmanager
 def joined_mesh(config: RunConfig) -> Iterator[Mesh]:
     with joined_world() as (rank, world, device):
+        hold_to(config.launcher.gpu_memory_limit, device)
         layout = fitted(config, world)
         spec = spec_of(config.model, vocab=0, dtype="float32")
         check_cut(layout, heads=spec.heads, kv_heads=spec.kv_heads, ffn=spec.ffn, layers=spec.layers)
@@ -136,6 +138,7 @@ def random_stage(architecture: Architecture, spec: ModelSpec, mesh: Mesh) -> Sta
         if spec.quantization:
             quantize(layer, mesh.tp)
         layers[number] = layer.eval()
+    release(mesh.device)  # what drawing and rounding took for a moment
     return Stage(layers, mesh, spec.hidden, dtype)
 
 
@@ -151,6 +154,19 @@ def serving(stage: Stage, bench: Bench, *, rows: int, tokens: int) -> Continuous
         return continuous_decoder(stage, spec, bench.tokenizer, load)
     stepper = Stepper(stage, spec, words=bench.tokenizer.vocab_size, pages=1 + rows * pages_for(tokens))
     return ContinuousDecoder(stepper, bench.tokenizer, context=load.context, rows=rows, tokens=2048, groups=load.groups(stage.mesh.pp.size))
+
+
+def most_memory(bench: Bench) -> Iterator[Row]:
+    """What the tensors of the fullest GPU took at most, since the count was begun; CPUs keep none."""
+    mesh = bench.mesh
+    if mesh.device.type != "cuda":
+        return
+    used, taken = torch.cuda.max_memory_allocated(mesh.device), torch.cuda.max_memory_reserved(mesh.device)
+    most = torch.tensor([used, taken], dtype=torch.float64, device=mesh.device) / 1e9
+    for axis in (mesh.tp, mesh.pp, mesh.dp):
+        most = axis.maximum(most)
+    used, taken = most.tolist()
+    yield Row(what="most memory of a GPU", by=bench.ours, rate=used, unit="GB", note=f"{taken:.2f} GB with what is kept ready, and CUDA itself beside it")
 
 
 def release(device: torch.device) -> None:

@@ -9,7 +9,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from megatron_lite.benchmark.bench import Bench, random_tokens, release, serving
+from megatron_lite.benchmark.bench import Bench, most_memory, random_tokens, release, serving
 from megatron_lite.benchmark.ceilings import Ceilings, all_reduces
 from megatron_lite.benchmark.clock import Marks
 from megatron_lite.benchmark.counts import step_bytes
@@ -77,11 +77,14 @@ def measure_decoding(bench: Bench, options: DecodeOptions) -> Iterator[Row]:
 
 
 def _ours(bench: Bench, options: DecodeOptions, ceilings: Ceilings) -> Iterator[Row]:
+    if bench.mesh.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(bench.mesh.device)
     stage = bench.stage()
     decoder = serving(stage, bench, rows=max(options.batches), tokens=options.span.longest)
     for batch in options.batches:
         seconds = median(step_seconds(decoder, batch, options.span))
         yield step_row(bench, bench.ours, batch, options.span, seconds, ceilings, groups=len(decoder.groups))
+    yield from most_memory(bench)
     decoder.close()
     del decoder
     release(bench.mesh.device)
