@@ -10,10 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from triton.runtime import interpreter
 
+from megatron_lite.benchmark import stream
 from megatron_lite.inference import fused
 from megatron_lite.inference.captured import CapturedStepper
 from megatron_lite.inference.kernels import attention, linear
@@ -64,6 +66,13 @@ def projections() -> None:
         )
         combine(states, weights, terms, tiles=Tiles(32, 64))
         near(terms.sum(0), states[0] @ weights[0].T + states[1] @ weights[1].T, atol=1e-4, rtol=0)
+
+
+def streams() -> None:
+    """What only reads memory reads all of it."""
+    source = torch.randint(-(2**31), 2**31, (4 * 3 * stream.BLOCK,), dtype=torch.int32)
+    expected = [int(np.bitwise_xor.reduce(part.numpy())) for part in source.chunk(4)]
+    assert stream.fold(source).tolist() == expected
 
 
 def norms() -> None:
@@ -146,7 +155,7 @@ def compare_steps(fast: CapturedStepper, plain: Stepper, kind: str) -> None:
             near(fast.cache.values[number][page, :, place], plain.cache.values[number][page, :, place], atol=1e-5, rtol=0)
 
 
-CLAIMS: dict[str, Callable[[], None]] = {"projections": projections, "norms": norms, "attention": attending, "blocks": blocks}
+CLAIMS: dict[str, Callable[[], None]] = {"projections": projections, "norms": norms, "streams": streams, "attention": attending, "blocks": blocks}
 
 if __name__ == "__main__":
     torch.manual_seed(0)

@@ -52,12 +52,13 @@ def peer() -> list[str]:
 def test_decoding_is_told_with_its_floor_and_the_plain_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = table(capsys, "decode", *TINY, "--batch", "1,3", "--context", "40", "--steps", "6", "--plain", "--json", str(tmp_path / "decode.json"))
     assert [row[:2] for row in rows] == [
-        ["memory, matrix-vector products, float32", "ceiling"],
+        ["memory, read only", "ceiling"],
         ["matrix product 512^3, float32", "ceiling"],
+        ["matrix product 512^3, float32, lasting", "ceiling"],
         *[[f"decode, batch {batch}", by] for by in ("deepy", "deepy, plain path") for batch in (1, 3)],
     ]
     written = json.loads((tmp_path / "decode.json").read_text())
-    one, three = written["rows"][2:4]
+    one, three = written["rows"][3:5]
     assert three["rate"] == pytest.approx(3 / three["seconds"])
     assert one["floor"] < three["floor"]
     assert (written["facts"]["gpus"], written["facts"]["context"], written["facts"]["layout"]) == (1, 40, "pipe 1 x model 1")
@@ -69,18 +70,18 @@ def test_weights_in_8_bits_are_measured_against_their_own_floor(tmp_path: Path, 
     table(capsys, *words, str(tmp_path / "int8.json"), "weight-quantization=int8")
     whole, small = (json.loads((tmp_path / name).read_text()) for name in ("whole.json", "int8.json"))
     assert small["facts"]["model"] == "configs/tiny.yml, float32, random weights in int8"
-    bytes_read = [report["rows"][2]["floor"] * report["rows"][0]["rate"] for report in (whole, small)]
+    bytes_read = [report["rows"][3]["floor"] * report["rows"][0]["rate"] for report in (whole, small)]
     assert bytes_read[1] < bytes_read[0]
 
 
 def test_prefill_is_told_for_every_length(capsys: pytest.CaptureFixture[str]) -> None:
     rows = table(capsys, "prefill", *TINY, "--tokens", "64,30", "--batch", "2", "--times", "2")
-    assert [row[:2] for row in rows[2:]] == [["prefill of 2 x 64", "deepy"], ["prefill of 2 x 30", "deepy"]]
+    assert [row[:2] for row in rows[3:]] == [["prefill of 2 x 64", "deepy"], ["prefill of 2 x 30", "deepy"]]
 
 
 def test_a_mixed_file_is_told_with_its_share_of_a_full_batch(capsys: pytest.CaptureFixture[str]) -> None:
     rows = table(capsys, "generate", *TINY, "--prompts", "12", "--lengths", "3-60", "--new", "2-9", "--rows", "4")
-    assert [row[0] for row in rows[2:]] == ["compile and capture up to 4 rows", "decode, batch 4", "mixed prompts"]
+    assert [row[0] for row in rows[3:]] == ["compile and capture up to 4 rows", "decode, batch 4", "mixed prompts"]
     assert re.fullmatch(r"12 prompts of \d+ tokens, \d+ new ones; \d+% of decoding 4 rows", rows[-1][-1])
 
 
@@ -100,10 +101,10 @@ def test_loading_writes_a_checkpoint_where_there_is_none_and_reads_it_cold_and_w
 
 def test_transformers_is_measured_beside_us(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = table(capsys, "decode", *TINY, *peer(), "--batch", "2", "--context", "40", "--steps", "6", "--compile", "1")
-    assert [row[1] for row in rows[2:]] == ["deepy", "transformers, eager", "transformers, static cache and torch.compile"]
-    assert rows[3][-1].endswith(" x as fast")
+    assert [row[1] for row in rows[3:]] == ["deepy", "transformers, eager", "transformers, static cache and torch.compile"]
+    assert rows[4][-1].endswith(" x as fast")
     rows = table(capsys, "prefill", *TINY, *peer(), "--tokens", "64", "--times", "2")
-    assert [row[1] for row in rows[2:]] == ["deepy", "transformers"]
+    assert [row[1] for row in rows[3:]] == ["deepy", "transformers"]
     rows = table(capsys, "generate", *TINY, *peer(), "--prompts", "6", "--lengths", "3-60", "--new", "2-9", "--rows", "4", "--peer-prompts", "3")
     assert rows[-1][1] == "transformers"
     assert "the first 3 prompts of" in rows[-1][-1]

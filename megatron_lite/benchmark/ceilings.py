@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_lite.benchmark.clock import median_seconds, seconds_a_call
+from megatron_lite.benchmark.clock import median_seconds, seconds_a_call, seconds_of
 from megatron_lite.benchmark.table import Row
 from megatron_lite.models.spec import BYTES, ModelSpec
 from megatron_lite.parallel.mesh import Mesh
@@ -20,25 +21,38 @@ ROWS = (1, 8, 64)
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Bytes of memory that are read and operations that are done in a second, on one device."""
+    """Bytes of memory that are read and operations that are done in a second, on one device: operations for a moment, and for as long as it takes a GPU to
+    lower its clock to what its power allows."""
 
     stream: float
     product: float
+    lasting: float
 
     @classmethod
     def of(cls, device: torch.device, dtype: torch.dtype) -> "Ceilings":
-        return cls(read_stream(device, dtype), matrix_product(device, dtype))
+        stream = read_only(device) if device.type == "cuda" and find_spec("triton") else read_stream(device, dtype)
+        return cls(stream, *matrix_product(device, dtype))
 
     def rows(self, device: torch.device, dtype: torch.dtype) -> list[Row]:
-        name = str(dtype).removeprefix("torch.")
+        name, size = str(dtype).removeprefix("torch."), product_size(device)
         return [
-            Row(what=f"memory, matrix-vector products, {name}", by=CEILING, rate=self.stream / 1e12, unit="TB/s"),
-            Row(what=f"matrix product {product_size(device)}^3, {name}", by=CEILING, rate=self.product / 1e12, unit="TFLOP/s"),
+            Row(what="memory, read only", by=CEILING, rate=self.stream / 1e12, unit="TB/s"),
+            Row(what=f"matrix product {size}^3, {name}", by=CEILING, rate=self.product / 1e12, unit="TFLOP/s"),
+            Row(what=f"matrix product {size}^3, {name}, lasting", by=CEILING, rate=self.lasting / 1e12, unit="TFLOP/s"),
         ]
 
 
+def read_only(device: torch.device) -> float:
+    """Bytes/s of a kernel that only reads what no cache holds."""
+    from megatron_lite.benchmark.stream import BLOCK, fold, programs_of
+
+    each = BLOCK * programs_of(device)
+    source = torch.zeros(each * max(1, (1 << 30) // each), dtype=torch.int32, device=device)
+    return source.nbytes / seconds_a_call(lambda index: fold(source), device, calls=4)
+
+
 def read_stream(device: torch.device, dtype: torch.dtype) -> float:
-    """Bytes/s of reading matrices that no cache holds, each for one product with a vector."""
+    """The same by products of matrices with a vector."""
     count, shape = (16, (24576, 6144)) if device.type == "cuda" else (4, (1024, 512))
     matrices = [torch.randn(shape, device=device, dtype=dtype) for _ in range(count)]
     vector = torch.randn(1, shape[1], device=device, dtype=dtype)
@@ -51,11 +65,15 @@ def product_size(device: torch.device) -> int:
     return 8192 if device.type == "cuda" else 512
 
 
-def matrix_product(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations/s of a large product of random matrices."""
+def matrix_product(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """Operations/s of a large product of random matrices: for a moment, and behind a second of them."""
     size = product_size(device)
     one, other = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / median_seconds(lambda: one @ other, device, times=9)
+    brief = median_seconds(lambda: one @ other, device, times=9)
+    count = max(1, int((1.0 if device.type == "cuda" else 0.05) / brief))
+    seconds_of(lambda: [one @ other for _ in range(count)], device)
+    lasting = seconds_of(lambda: [one @ other for _ in range(count)], device) / count
+    return 2 * size**3 / brief, 2 * size**3 / lasting
 
 
 def copy_rate(device: torch.device) -> float:
