@@ -60,13 +60,13 @@ def adapted_engine(spec: ModelSpec, mesh: Mesh, recipe: Recipe, lora: LoraSectio
 
 
 @cache
-def plain_lora_loop(spec: ModelSpec) -> list[tuple[float, float]]:
+def plain_lora_loop(spec: ModelSpec, learning: tuple[str, ...] = TARGETS) -> list[tuple[float, float]]:
     """Losses and gradient norms of eight steps, with W + alpha / rank * B A written out for every target, as PyTorch alone computes them."""
-    whole = replace(spec, quantization=None)
+    lora, whole = EVERYWHERE.model_copy(update={"targets": learning}), replace(spec, quantization=None)
     layers = base_layers(whole, single_mesh(), stage_numbers(spec.layers, 1)[0])
     if spec.quantization:
         round_to_127(layers)
-    adapters = drawn(whole, EVERYWHERE)
+    adapters = drawn(whole, lora)
     learned = nn.ParameterList([factor for layer in adapters.values() for pair in layer.values() for factor in pair])
     optimizer = build_optimizer(RECIPE.optimizer, parameter_groups(learned, RECIPE.optimizer.weight_decay), rate=0.0)
     steps = []
@@ -75,8 +75,7 @@ def plain_lora_loop(spec: ModelSpec) -> list[tuple[float, float]]:
         x = rows[:, :-1]
         for number, layer in layers.items():
             merged = {
-                f"{path}.weight": layer.get_submodule(path).get_parameter("weight").detach() + EVERYWHERE.scale * b @ a
-                for path, (a, b) in adapters[number].items()
+                f"{path}.weight": layer.get_submodule(path).get_parameter("weight").detach() + lora.scale * b @ a for path, (a, b) in adapters[number].items()
             }
             x = functional_call(layer, merged, (x,))
         loss = F.cross_entropy(x.flatten(0, 1), rows[:, 1:].flatten())

@@ -58,7 +58,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("before", "after", "settings"),
     [
         (Layout(tp=2), Layout(tp=2), {"precision": "bfloat16"}),
-        (Layout(pp=2), Layout(pp=2), {}),
+        (Layout(pp=2), Layout(pp=2), {"weight_quantization": "int8"}),
+        pytest.param(Layout(pp=2), Layout(pp=2), {}, marks=slow),
+        pytest.param(Layout(tp=2), Layout(tp=2), {"weight_quantization": "int8", "precision": "bfloat16"}, marks=slow),
+        pytest.param(Layout(dp=2), Layout(dp=2), {"weight_quantization": "int8", "zero_optimization": {"stage": 3}}, marks=slow),
         pytest.param(Layout(dp=2), Layout(dp=2), {"zero_optimization": {"stage": 3}}, marks=slow),
         pytest.param(Layout(dp=2), Layout(dp=2), {"zero_optimization": {"stage": 2}, "precision": "bfloat16"}, marks=slow),
         pytest.param(Layout(tp=2), Layout(pp=2), {}, marks=slow),

@@ -80,8 +80,19 @@ def test_a_training_s_plan_is_within_a_tenth_of_the_tensors_that_are_alive(layou
 
 @pytest.mark.parametrize("recompute", [0, 1])
 def test_a_plan_for_adapters_is_within_a_tenth_too(recompute: int) -> None:
-    ((peak, plan),) = measured(Layout(), "bfloat16", zero=1, recompute=recompute, lora=EVERYWHERE)
-    assert plan.total == pytest.approx(peak, rel=0.1)
+    """Beside weights in 8 bits as well, which save what they are smaller by: no matrix that is made of them stays for the backward pass."""
+    ((whole, plan),) = measured(Layout(), "bfloat16", zero=1, recompute=recompute, lora=EVERYWHERE)
+    ((small, plan_in_8_bits),) = measured(Layout(), "bfloat16", zero=1, recompute=recompute, lora=EVERYWHERE, quantization="int8")
+    assert plan.total == pytest.approx(whole, rel=0.1)
+    assert plan_in_8_bits.total == pytest.approx(small, rel=0.1)
+    assert whole - small == plan.weights - plan_in_8_bits.weights > 0.35 * plan.weights
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layout", "zero"), [(Layout(tp=2), 1), (Layout(dp=2), 2)], ids=str)
+def test_a_plan_for_adapters_beside_8_bits_is_within_a_tenth_at_every_cut(layout: Layout, zero: int) -> None:
+    for peak, plan in measured(layout, "bfloat16", zero=zero, recompute=1, lora=EVERYWHERE, quantization="int8"):
+        assert plan.total == pytest.approx(peak, rel=0.1)
 
 
 BIG = ModelSpec(
@@ -121,6 +132,15 @@ def test_adapters_alone_have_gradients_masters_and_states() -> None:
     assert (plan.gradients, plan.masters, plan.optimizer) == (4 * trained, 4 * trained, 8 * trained)  # those of the weights have room in the activations'
     assert plan.weights == generation_footprint(BIG, Layout(), 0, rows=0, context=0).weights + 2 * trained
     assert plan.total < 48e9
+
+
+def test_weights_of_8_bits_and_their_adapters_take_half_of_the_memory() -> None:
+    training = replace(STEP, lora=Lora(16, ("query_key_value",)))
+    whole, held = (training_footprint(replace(BIG, quantization=kind), Layout(), 0, training) for kind in (None, "int8"))
+    assert [round(plan.weights / 1e9, 1) for plan in (whole, held)] == [41.1, 21.2]
+    assert replace(held, weights=0) == replace(whole, weights=0)  # a matrix of 16 bits has room where the logits were
+    short = training_footprint(replace(BIG, quantization="int8"), Layout(), 0, replace(training, tokens=64))
+    assert short.total - short.weights == pytest.approx(2 * 12 * 6144**2, rel=0.01)  # the block that is whole while weights are loaded
 
 
 def test_recomputing_keeps_one_state_a_block_where_all_would_be_seventeen_times_that() -> None:

@@ -91,7 +91,10 @@ def announce(training: Training, engine: Engine) -> None:
     if lora:
         frozen = sum(map(_size, engine.stage.parameters())) - count
         begun = f"those in {training.run.adapters.folder}" if training.run and training.run.adapters else "new ones"
-        logger.info(f"low-rank adapters of rank {lora.rank}, alpha {lora.alpha:g} on {', '.join(lora.targets)} ({begun}); {frozen:,} parameters are frozen")
+        held = f", their matrices in {training.spec.quantization}" if training.spec.quantization else ""
+        logger.info(
+            f"low-rank adapters of rank {lora.rank}, alpha {lora.alpha:g} on {', '.join(lora.targets)} ({begun}); {frozen:,} parameters are frozen{held}"
+        )
     if not training.data.parts["valid"] and training.config.training.eval_interval is not None:
         logger.info("there are no data to validate on: split leaves no document for it, or valid_data_paths is not set")
 
