@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from megatron_lite.models.architecture import architecture_named
 from megatron_lite.models.spec import ModelSpec
 from megatron_lite.parallel.layers import LayerNorm, VocabularyEmbedding, VocabularyLinear
-from megatron_lite.parallel.mesh import Mesh
+from megatron_lite.parallel.mesh import Mesh, single_mesh
 from megatron_lite.parallel.shards import Rule, take
 from megatron_lite.parallel.stage import Stage
 
@@ -35,6 +35,17 @@ def make_loud(stage: Stage, tokens: list[int], peak: float = PEAK, *, head_dim: 
     stage.pass_through(torch.tensor([tokens], device=stage.mesh.device), lambda number, layer, x: layer(x))
     for hook in hooks:
         hook.remove()
+
+
+def random_stage(spec: ModelSpec, device: torch.device) -> Stage:
+    """A whole model of random weights, made where it is."""
+    mesh, layers = single_mesh(device), {}
+    for number, make in architecture_named(spec.family).plan(spec, mesh.tp).items():
+        with device:
+            layers[number] = make().requires_grad_(False)
+        for parameter in layers[number].parameters():
+            parameter.normal_(std=0.02) if parameter.dim() > 1 else parameter.add_(torch.randn_like(parameter) * 0.1)
+    return Stage(layers, mesh, spec.hidden, torch.float32)
 
 
 def cut(stage: Stage, spec: ModelSpec, mesh: Mesh, dtype: torch.dtype) -> Stage:

@@ -12,10 +12,14 @@ from megatron_lite.inference.decode import Decoder
 from megatron_lite.inference.decoders import Load, continuous_decoder
 from megatron_lite.parallel.mesh import single_mesh
 from megatron_lite.parallel.quantized import quantize
+from tests.harness import bundled_model, tokenizer
+from tests.likelihoods import by_one_pass, by_reading, by_steps, furthest, pages_in_all, play
+from tests.loud import PEAK, cut, largest, make_loud, random_stage
 from tests.models import load, write_random
 from tests.runs import BYTES, TOKENIZER, random_prompts, requests
 
 pytestmark = pytest.mark.gpu
+GPU = torch.device("cuda", 0)
 SPEC = replace(BYTES, max_positions=512, hidden=512, ffn=2048, heads=8, kv_heads=8, head_dim=64, rotary_dim=16)
 
 
@@ -32,6 +36,55 @@ def test_captured_steps_write_what_the_plain_path_writes(settings: dict[str, Any
     found = {completion.request.id: completion.text for completion in fast.complete(asked)}
     expected = {completion.request.id: completion.text for completion in Decoder(stage, spec, TOKENIZER, context=spec.max_positions).complete(asked)}
     assert found == expected
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("rows", [3, 5, 11])
+def test_rows_of_any_number_have_a_slot_each(rows: int, temperature: float, tmp_path: Path) -> None:
+    stage = load(write_random(tmp_path, SPEC, tp=2), SPEC, single_mesh(GPU))
+    asked = requests(random_prompts(range(1, rows + 1)), maximum_tokens=25, temperature=temperature)
+    fast = continuous_decoder(stage, SPEC, TOKENIZER, Load(SPEC.max_positions, rows))
+    found = {completion.request.id: completion.text for completion in fast.complete(asked)}
+    expected = {completion.request.id: completion.text for completion in Decoder(stage, SPEC, TOKENIZER, context=SPEC.max_positions).complete(asked)}
+    assert found == expected
+
+
+@pytest.mark.parametrize("texts", [1, 4, 16, 80])
+def test_2000_tokens_of_a_play_are_as_likely_in_fp16_by_captured_steps_and_by_reading_as_by_the_plain_path(texts: int) -> None:
+    """Of the bundled model, whose context is 512 tokens: the single text is shorter. 80 rows take their steps by the library's products."""
+    from megatron_lite.inference.captured import CapturedStepper
+
+    model, tokens = bundled_model(), play(max(4, texts), tokenizer())[:texts]
+    spec = replace(model.spec, dtype="float16")
+    stage = cut(load(model.layout, model.spec, single_mesh(GPU)), spec, single_mesh(GPU), torch.float16)
+    stepper = CapturedStepper(stage, spec, words=tokenizer().vocab_size, pages=pages_in_all(tokens))
+    assert stepper.stack is not None
+    distances = furthest(stage, stepper, tokens)
+    stepper.close()
+    assert max(distances.values()) <= 0.02, distances
+
+
+@pytest.mark.parametrize("is_tame", [True, False])
+def test_activations_of_a_thousand_stay_numbers_in_fp16_at_the_width_of_20b(is_tame: bool) -> None:
+    """Two layers of 20B. Where rounding does not decide the attention, probabilities are those of fp32, as near as fp16 tells logits of a thousand."""
+    from megatron_lite.inference.captured import CapturedStepper
+
+    spec = replace(BYTES, layers=2, hidden=6144, ffn=24576, heads=64, kv_heads=64, head_dim=96, rotary_dim=24, max_positions=512)
+    torch.manual_seed(0)
+    whole, texts = random_stage(spec, GPU), torch.tensor(random_prompts([96] * 70))
+    make_loud(whole, texts[0].tolist(), head_dim=spec.head_dim if is_tame else None)
+    assert min(largest(whole, texts[0].tolist())) > PEAK * 0.99
+    half = replace(spec, dtype="float16")
+    stage = cut(whole, half, single_mesh(GPU), torch.float16)
+    assert by_one_pass(stage, texts[:8], TOKENIZER.vocab_size).isfinite().all()
+    for rows in (1, 8, 40, 70):
+        stepper = CapturedStepper(stage, half, words=TOKENIZER.vocab_size, pages=pages_in_all(texts[:rows]))
+        found = by_reading(stepper, texts[:rows]), by_steps(stepper, texts[:rows])
+        stepper.close()
+        assert all(each.isfinite().all() for each in found)
+        if is_tame:
+            exact = by_one_pass(whole, texts[:rows], TOKENIZER.vocab_size)
+            assert max((each - exact).abs().max().item() for each in found) < 0.02 * PEAK
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -22,8 +22,9 @@ SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256)
 """Batches that are captured; others run in the next larger one, with empty slots."""
 
 
-def size_for(rows: int) -> int:
-    return next(size for size in SIZES if size >= rows)
+def size_in(slots: Slots, rows: int) -> int:
+    """Rows of the step that these rows take part in: kernels must find a slot for each."""
+    return min(next(size for size in SIZES if size >= rows), len(slots.tokens))
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class CapturedStepper(Stepper):
     def advance(self, slots: Slots, rows: int, rules: Rules) -> Arrival:
         if self.mesh.pp.size > 1 or not rules.is_greedy:
             return super().advance(slots, rows, rules)
-        size = size_for(rows)
+        size = size_in(slots, rows)
         slots.known()  # from here on the graph itself leaves its tokens in their slots
         return Arrival(
             self.graphs.replay((slots.number, size, True), lambda: self._rows(slots, size, slots.tokens[:size]), lambda out: self._move(slots, out))[:rows]
@@ -70,7 +71,7 @@ class CapturedStepper(Stepper):
         return chosen
 
     def through_rows(self, slots: Slots, rows: int, x: Tensor) -> Tensor:
-        size = size_for(rows)
+        size = size_in(slots, rows)
         key = (slots.number, size, False)
         if key not in self.graphs.inputs:
             self.graphs.inputs[key] = x.new_zeros(size, *x.shape[1:])
