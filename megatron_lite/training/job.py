@@ -11,6 +11,7 @@ from torch import nn
 from megatron_lite.config.sections import RunConfig
 from megatron_lite.config.show import settings
 from megatron_lite.log import logger
+from megatron_lite.parallel.quantized import BITS
 from megatron_lite.training.engine import Engine
 from megatron_lite.training.lora import adapters_of
 from megatron_lite.training.save import WHOLE_MODEL, Progress, Retention, Saver
@@ -89,7 +90,7 @@ def announce(training: Training, engine: Engine) -> None:
         f"{batching.replicas} data-parallel; {recipe.optimizer.kind}, lr {recipe.schedule.peak:g} {recipe.schedule.style}"
     )
     if lora:
-        frozen = sum(map(_size, engine.stage.parameters())) - count
+        frozen = sum(_size(parameter) for name, parameter in engine.stage.named_parameters() if not name.endswith(BITS)) - count
         begun = f"those in {training.run.adapters.folder}" if training.run and training.run.adapters else "new ones"
         held = f", their matrices in {training.spec.quantization}" if training.spec.quantization else ""
         logger.info(
