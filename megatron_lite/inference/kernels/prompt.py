@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_lite.inference.kernels.attention import Turn, turned
+from megatron_lite.inference.kernels.kernel import Kernel
 
 # s tokens, h heads on this rank, d head size, p tokens in a page
 
@@ -27,6 +28,7 @@ def place_prompts(heads: Tensor, pages: tuple[Tensor, Tensor], where: tuple[Tens
     )  # fmt: skip
 
 
+@Kernel
 @triton.jit
 def _place(
     heads, keys, values, pages, places, positions, cos, sin, token_stride, head_stride,
