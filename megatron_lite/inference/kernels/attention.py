@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_lite.inference.kernels.launch import begin, options, wait
+from megatron_lite.inference.kernels.kernel import Kernel
 
 # b rows, h query heads and g key/value heads on this rank, d head size, p tokens in a page
 
@@ -65,7 +65,7 @@ def attend_pages(
         query.stride(0), query.stride(1), key.stride(0), key.stride(1), value.stride(0), value.stride(1), table.stride(0), head_dim**-0.5,
         GROUPS=groups, GROUP=queries // groups, HEAD=head_dim, TURNED=2 * turn.cos.shape[1] if turn else 0,
         INTERLEAVED=bool(turn and turn.interleaved), PAGE=page, SPLITS=splits, BLOCK=max(16, triton.next_power_of_2(head_dim)),
-        QUERIES=max(16, triton.next_power_of_2(queries // groups)), num_warps=warps, num_stages=stages, **options(),
+        QUERIES=max(16, triton.next_power_of_2(queries // groups)), num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
 
@@ -87,15 +87,14 @@ def turned(x, place, inside, cos, sin, position, TURNED: tl.constexpr, INTERLEAV
     return found
 
 
+@Kernel
 @triton.jit
 def _attend(
     query, key, value, keys, values, table, lengths, out, mixed, totals, done, cos, sin,
     query_row, query_head, key_row, key_head, value_row, value_head, table_row, scale,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, TURNED: tl.constexpr, INTERLEAVED: tl.constexpr,
-    PAGE: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, QUERIES: tl.constexpr, OVERLAP: tl.constexpr,
+    PAGE: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
-    begin(OVERLAP)
-    wait(OVERLAP)
     split, group, row = tl.program_id(0) % SPLITS, tl.program_id(0) // SPLITS % GROUPS, tl.program_id(0) // SPLITS // GROUPS
     member, place = tl.arange(0, QUERIES), tl.arange(0, BLOCK)
     inside = place < HEAD

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_lite.inference.kernels.launch import begin, options, wait
+from megatron_lite.inference.kernels.kernel import Kernel
 from megatron_lite.parallel.mesh import Axis
 from megatron_lite.parallel.peers import Peers
 
@@ -17,6 +17,8 @@ from megatron_lite.parallel.peers import Peers
 
 OFFERED = 2
 """Numbers that a rank offers for each row: its best logit and the token it belongs to."""
+PATIENCE = 1 << 18
+"""Looks at what a peer should have sent, where it may be that nothing ever comes."""
 
 
 def packets(rows: int, width: int) -> int:
@@ -35,7 +37,7 @@ def sum_and_norm(
         residual, terms, residual if bias is None else bias, scale, shift, out, peers.boxes, peers.turns, rows,
         HALF=width // 2, TERMS=len(terms), COPIES=len(scale), BIASED=bias is not None, EPS=eps, PATIENCE=patience,
         SIZE=peers.size, RANK=peers.index, CAPACITY=peers.capacity, BLOCK=triton.next_power_of_2(width // 2),
-        num_warps=16 if width > 2048 else 4, **options(),
+        num_warps=16 if width > 2048 else 4,
     )  # fmt: skip
 
 
@@ -46,7 +48,7 @@ def gather_offers(offers: Tensor, peers: Peers) -> Tensor:
     first = peers.capacity - rows * OFFERED
     _gather[(1,)](
         offers, found, peers.boxes, peers.turns, len(peers.turns) - 1, first, rows * OFFERED,
-        SIZE=peers.size, RANK=peers.index, CAPACITY=peers.capacity, BLOCK=triton.next_power_of_2(rows * OFFERED), num_warps=1, **options(),
+        SIZE=peers.size, RANK=peers.index, CAPACITY=peers.capacity, BLOCK=triton.next_power_of_2(rows * OFFERED), num_warps=1,
     )  # fmt: skip
     return found
 
@@ -61,7 +63,7 @@ def proven(peers: Peers | None, axis: Axis, *, width: int, dtype: torch.dtype) -
     right = torch.ones((), device=device)
     for turn in range(1, 5):  # each half twice
         found, expected = torch.zeros(3, width, device=device), pattern[0] * turn * sum(range(1, axis.size + 1))
-        sum_and_norm(found, pattern * turn * (axis.index + 1), None, out[:, 0], out[:, 0], out, peers, eps=0.0, patience=1 << 18)
+        sum_and_norm(found, pattern * turn * (axis.index + 1), None, out[:, 0], out[:, 0], out, peers, eps=0.0, patience=PATIENCE)
         right = right * torch.equal(found, expected)
     return peers if axis.minimum(right) == 1 else None
 
@@ -98,13 +100,13 @@ def _pack(low, high, NARROW: tl.constexpr):
         return low.to(tl.int32, bitcast=True)
 
 
+@Kernel
 @triton.jit
 def _sum_and_norm(
     residual, terms, bias, scale, shift, out, boxes, turns, rows,
     HALF: tl.constexpr, TERMS: tl.constexpr, COPIES: tl.constexpr, BIASED: tl.constexpr, EPS: tl.constexpr, PATIENCE: tl.constexpr,
-    SIZE: tl.constexpr, RANK: tl.constexpr, CAPACITY: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    SIZE: tl.constexpr, RANK: tl.constexpr, CAPACITY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    begin(OVERLAP)
     row, column = tl.program_id(0), tl.arange(0, BLOCK)
     inside = column < HALF
     width = 2 * HALF
@@ -114,7 +116,6 @@ def _sum_and_norm(
     low, high = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     if BIASED:
         low, high = tl.load(bias + column, inside, 0.0), tl.load(bias + HALF + column, inside, 0.0)
-    wait(OVERLAP)
     for term in tl.static_range(TERMS):
         low += tl.load(terms + term * rows * width + low_place, inside, 0.0).to(tl.float32)
         high += tl.load(terms + term * rows * width + high_place, inside, 0.0).to(tl.float32)
@@ -155,13 +156,12 @@ def _put(normed, scale, shift, out, at, place, inside):
     tl.store(out + place, y, inside)
 
 
+@Kernel
 @triton.jit
 def _gather(
     offers, found, boxes, turns, counter, first, count,
-    SIZE: tl.constexpr, RANK: tl.constexpr, CAPACITY: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    SIZE: tl.constexpr, RANK: tl.constexpr, CAPACITY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    begin(OVERLAP)
-    wait(OVERLAP)
     place = tl.arange(0, BLOCK)
     inside = place < count
     mine = tl.load(offers + place, inside, 0.0)

@@ -1,21 +1,13 @@
-"""Launches that overlap: on Hopper and later a kernel starts while the one before it ends, fetches its weights, and only then waits for its inputs."""
-
-# pyright: reportMissingParameterType=false, reportCallIssue=false, reportReturnType=false, reportArgumentType=false, reportIndexIssue=false, reportGeneralTypeIssues=false
-# kernels are Triton's language, which is only spelled like Python
+"""What the kernels must know of the GPU that they are compiled for."""
 
 from functools import cache
 
 import torch
-import triton
-import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-
-LINE = 128
-"""Bytes that one prefetch brings into the L2 cache."""
 
 
 @cache
-def overlap() -> bool:
+def is_hopper() -> bool:
+    """Whether this GPU, or a later one, takes both operands of a product from shared memory."""
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 
 
@@ -39,28 +31,3 @@ def shared_memory() -> int:
     from triton.compiler.compiler import max_shared_mem  # what Triton itself holds a kernel against
 
     return max_shared_mem(torch.cuda.current_device())
-
-
-def options() -> dict[str, bool]:
-    """What a launch needs to overlap: the kernel's own switch and the launcher's."""
-    return {"OVERLAP": True, "launch_pdl": True} if overlap() else {"OVERLAP": False}
-
-
-@triton.jit
-def begin(OVERLAP: tl.constexpr):
-    """Lets the next kernel start, which waits for this one where it needs it."""
-    if OVERLAP:
-        gdc_launch_dependents()
-
-
-@triton.jit
-def wait(OVERLAP: tl.constexpr):
-    """Until all that earlier kernels wrote can be seen. Every program must come here, or kernels further down would start too early."""
-    if OVERLAP:
-        gdc_wait()
-
-
-@triton.jit
-def fetch(places):
-    """Brings the lines at these places into the L2 cache and waits for nothing."""
-    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [places], dtype=tl.int32, is_pure=False, pack=1)

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_lite.inference.kernels.launch import LINE, begin, fetch, is_compiled, multiprocessors, options, overlap, shared_memory, wait
+from megatron_lite.inference.kernels.kernel import Kernel
+from megatron_lite.inference.kernels.launch import is_compiled, is_hopper, multiprocessors, shared_memory
 
 # m rows, k inputs, n outputs on this rank, c copies of norms
 
@@ -39,21 +40,20 @@ HALVES = tl.constexpr(
 
 @dataclass(frozen=True)
 class Tiles:
-    """How a product is cut into programs: rows of the weight and inputs at a time, warps of a program and tiles that are on their way at once. `early`
-    inputs of every row are fetched before the states are there. `across`: states @ weight.T instead of weight @ states.T."""
+    """How a product is cut into programs: rows of the weight and inputs at a time, warps of a program and tiles that are on their way at once.
+    `across`: states @ weight.T instead of weight @ states.T."""
 
     outputs: int
     inputs: int
     warps: int = 4
     stages: int = 4
-    early: int = 512
     across: bool = False
 
 
 def tiles_for(rows: int, weight: Tensor, *, outputs: int = 0) -> Tiles:
     """What was fastest on an H200 for matrices of 20B, whole and cut in two and four. `outputs` where they alone are spread over the programs."""
     if weight.dtype == torch.int8:
-        return Tiles(64, 256, stages=2, early=1024, across=True) if rows <= 16 else Tiles(128, 128, warps=8, stages=3, early=1024)
+        return Tiles(64, 256, stages=2, across=True) if rows <= 16 else Tiles(128, 128, warps=8, stages=3)
     if weight.dtype == torch.float32:
         return Tiles(32, 32, stages=2)
     if rows <= 16:
@@ -69,7 +69,7 @@ def fitting(tiles: Tiles, rows: int, weight: Tensor, *, room: int, is_hopper: bo
 
 
 def _tiles(rows: int, weight: Tensor, *, outputs: int = 0) -> Tiles:
-    return fitting(tiles_for(rows, weight, outputs=outputs), rows, weight, room=shared_memory(), is_hopper=overlap())
+    return fitting(tiles_for(rows, weight, outputs=outputs), rows, weight, room=shared_memory(), is_hopper=is_hopper())
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,8 @@ def project(
         rows, len(first), len(second), len(first) // plan.copies[0], len(second) // plan.copies[1], plan.second,
         WIDTH=width, BIASED=biases[0] is not None, BIASED_TOO=biases[1] is not None, SCALED=scales is not None, ACTIVATION=plan.activation,
         EVEN=not (width % tiles.inputs or len(first) % tiles.outputs or len(second) % tiles.outputs),
-        ROWS=_padded(rows), OUTPUTS=tiles.outputs, INPUTS=tiles.inputs, EARLY=min(tiles.early, width), PER_LINE=LINE // first.element_size(),
-        ACROSS=tiles.across, COMPILED=is_compiled(),
-        num_warps=tiles.warps, num_stages=tiles.stages, **options(),
+        ROWS=_padded(rows), OUTPUTS=tiles.outputs, INPUTS=tiles.inputs, ACROSS=tiles.across, COMPILED=is_compiled(),
+        num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
 
 
@@ -118,9 +117,8 @@ def combine(inputs: Pair, weights: Pair, out: Tensor, *, scales: Pair | None = N
         inputs[0], weights[0], inputs[1], weights[1], *(scales or weights), out, rows, outputs, first, len(out) - first,
         SCALED=scales is not None, FIRST_WIDTH=widths[0], SECOND_WIDTH=widths[1],
         EVEN=not (widths[0] % tiles.inputs or widths[1] % tiles.inputs or outputs % tiles.outputs),
-        ROWS=_padded(rows), OUTPUTS=tiles.outputs, INPUTS=tiles.inputs, EARLY=min(tiles.early, *widths),
-        PER_LINE=LINE // weights[0].element_size(), ACROSS=tiles.across, COMPILED=is_compiled(),
-        num_warps=tiles.warps, num_stages=tiles.stages, **options(),
+        ROWS=_padded(rows), OUTPUTS=tiles.outputs, INPUTS=tiles.inputs, ACROSS=tiles.across, COMPILED=is_compiled(),
+        num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
 
 
@@ -131,7 +129,7 @@ def _padded(rows: int) -> int:
 @triton.jit
 def _product(
     x, weight, rows, outputs, at, start, stop, stride, EVEN: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
-    EARLY: tl.constexpr, PER_LINE: tl.constexpr, ACROSS: tl.constexpr, COMPILED: tl.constexpr, OVERLAP: tl.constexpr,
+    ACROSS: tl.constexpr, COMPILED: tl.constexpr,
 ):  # fmt: skip
     """[OUTPUTS ROWS] of weight @ x.T over the inputs from start to stop. EVEN where tiles end where the matrix does."""
     row, output = tl.arange(0, ROWS), at + tl.arange(0, OUTPUTS)
@@ -139,14 +137,9 @@ def _product(
     SHORT: tl.constexpr = 0 if ACROSS else 1  # the dim that outputs lack in a tile of weights, and inputs in one of states; the other way round it is LONG
     LONG: tl.constexpr = 1 - SHORT
     is_row, is_output = tl.expand_dims(row < rows, LONG), tl.expand_dims(output < outputs, SHORT)
-    lines = weight + tl.expand_dims(output.to(tl.int64), SHORT) * stride
-    weights = lines + tl.expand_dims(inputs, LONG)
+    weights = weight + tl.expand_dims(output.to(tl.int64), SHORT) * stride + tl.expand_dims(inputs, LONG)
     states = x + tl.expand_dims(row, LONG) * stride + tl.expand_dims(inputs, SHORT)
     total = tl.zeros([ROWS, OUTPUTS] if ACROSS else [OUTPUTS, ROWS], tl.float32)
-    if OVERLAP:
-        for line in tl.static_range(0, EARLY, PER_LINE):
-            fetch(tl.where(is_output, lines + start + line, weight))
-    wait(OVERLAP)
     for at_input in range(start, stop, INPUTS):
         if EVEN:
             w = tl.load(weights + at_input, eviction_policy="evict_first")
@@ -171,15 +164,15 @@ def _widened(w, kind: tl.constexpr, COMPILED: tl.constexpr):
         return w.to(kind)
 
 
+@Kernel
 @triton.jit
 def _project(
     x, first, first_bias, first_out, second, second_bias, second_out, first_scale, second_scale,
     rows, first_outputs, second_outputs, first_per_copy, second_per_copy, second_copy,
     WIDTH: tl.constexpr, BIASED: tl.constexpr, BIASED_TOO: tl.constexpr, SCALED: tl.constexpr, ACTIVATION: tl.constexpr,
     EVEN: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
-    EARLY: tl.constexpr, PER_LINE: tl.constexpr, ACROSS: tl.constexpr, COMPILED: tl.constexpr, OVERLAP: tl.constexpr,
+    ACROSS: tl.constexpr, COMPILED: tl.constexpr,
 ):  # fmt: skip
-    begin(OVERLAP)
     at = tl.program_id(0) * OUTPUTS
     before = tl.cdiv(first_outputs, OUTPUTS) * OUTPUTS
     is_first = at < before
@@ -190,9 +183,7 @@ def _project(
         weight, bias, scale, out, outputs, copy = second, second_bias, second_scale, second_out, second_outputs, second_copy + at // second_per_copy
     at = tl.multiple_of(at, OUTPUTS)
     states = x + copy * rows * WIDTH
-    total = _product(
-        states, weight, rows, outputs, at, 0, WIDTH, WIDTH, EVEN, ROWS, OUTPUTS, INPUTS, EARLY, PER_LINE, ACROSS, COMPILED, OVERLAP
-    )  # fmt: skip
+    total = _product(states, weight, rows, outputs, at, 0, WIDTH, WIDTH, EVEN, ROWS, OUTPUTS, INPUTS, ACROSS, COMPILED)
     row, output = tl.arange(0, ROWS), at + tl.arange(0, OUTPUTS)
     if SCALED:
         total *= tl.load(scale + output, output < outputs, 0.0)[:, None]
@@ -213,13 +204,13 @@ def _activated(x, ACTIVATION: tl.constexpr):
         return x
 
 
+@Kernel
 @triton.jit
 def _combine(
     one, first, other, second, first_scale, second_scale, out, rows, outputs, first_splits, second_splits,
     SCALED: tl.constexpr, FIRST_WIDTH: tl.constexpr, SECOND_WIDTH: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr,
-    INPUTS: tl.constexpr, EARLY: tl.constexpr, PER_LINE: tl.constexpr, ACROSS: tl.constexpr, COMPILED: tl.constexpr, OVERLAP: tl.constexpr,
+    INPUTS: tl.constexpr, ACROSS: tl.constexpr, COMPILED: tl.constexpr,
 ):  # fmt: skip
-    begin(OVERLAP)
     at, split = tl.program_id(0) * OUTPUTS, tl.program_id(1)
     if split < first_splits:
         x, weight, scale, width, splits, part = one, first, first_scale, FIRST_WIDTH, first_splits, split
@@ -229,7 +220,7 @@ def _combine(
     start = part * length
     stride = tl.multiple_of(width, 16) if FIRST_WIDTH % 16 == 0 and SECOND_WIDTH % 16 == 0 else width
     stop = tl.minimum(start + length, width)
-    total = _product(x, weight, rows, outputs, at, start, stop, stride, EVEN, ROWS, OUTPUTS, INPUTS, EARLY, PER_LINE, ACROSS, COMPILED, OVERLAP)
+    total = _product(x, weight, rows, outputs, at, start, stop, stride, EVEN, ROWS, OUTPUTS, INPUTS, ACROSS, COMPILED)
     row, output = tl.arange(0, ROWS), at + tl.arange(0, OUTPUTS)
     if SCALED:
         total *= tl.load(scale + output, output < outputs, 0.0)[:, None]

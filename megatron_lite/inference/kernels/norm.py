@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_lite.inference.kernels.launch import begin, options, wait
+from megatron_lite.inference.kernels.kernel import Kernel
 
 # m rows, d hidden size, c copies of norms, t terms
 
@@ -18,21 +18,20 @@ def add_and_norm(residual: Tensor, terms: Tensor, bias: Tensor | None, scale: Te
     _add_and_norm[(rows,)](
         residual, terms, scale if bias is None else bias, scale, shift, out, rows,
         WIDTH=width, TERMS=len(terms), COPIES=len(scale), BIASED=bias is not None, EPS=eps,
-        BLOCK=triton.next_power_of_2(width), num_warps=16 if width > 2048 else 4, **options(),
+        BLOCK=triton.next_power_of_2(width), num_warps=16 if width > 2048 else 4,
     )  # fmt: skip
 
 
+@Kernel
 @triton.jit
 def _add_and_norm(
     residual, terms, bias, scale, shift, out, rows,
-    WIDTH: tl.constexpr, TERMS: tl.constexpr, COPIES: tl.constexpr, BIASED: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    WIDTH: tl.constexpr, TERMS: tl.constexpr, COPIES: tl.constexpr, BIASED: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    begin(OVERLAP)
     row, column = tl.program_id(0), tl.arange(0, BLOCK)
     inside = column < WIDTH
     place = row * WIDTH + column
     added = tl.load(bias + column, inside, 0.0).to(tl.float32) if BIASED else tl.zeros([BLOCK], tl.float32)
-    wait(OVERLAP)
     x = tl.load(residual + place, inside, 0.0) + added
     for term in tl.static_range(TERMS):
         x += tl.load(terms + term * rows * WIDTH + place, inside, 0.0).to(tl.float32)
