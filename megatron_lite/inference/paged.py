@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -112,7 +113,7 @@ class FilledPast:
         return self.inner.mix(query, key, value)
 
 
-def places_of(prompts: Sequence[tuple[int, Sequence[int]]]) -> tuple[list[int], list[int]]:
+def places_of(prompts: Sequence[tuple[int, Sequence[int]]]) -> tuple[np.ndarray, np.ndarray]:
     """For every token of prompts packed in a row, given as (tokens, pages): its page, and its place there."""
-    pages = [held[at // PAGE] for length, held in prompts for at in range(length)]
-    return pages, [at % PAGE for length, _ in prompts for at in range(length)]
+    pages = [np.repeat(held[: pages_for(length)], PAGE)[:length] for length, held in prompts]
+    return np.concatenate(pages), np.concatenate([np.arange(length) % PAGE for length, _ in prompts])

@@ -8,6 +8,7 @@ from functools import cache
 from itertools import accumulate, chain
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,16 +43,16 @@ def _causal() -> dict[str, object] | None:
     return {"is_causal": True} if "is_causal" in inspect.signature(varlen_attn).parameters else {"window_size": (-1, 0)}
 
 
-def to_device(values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
-    """A list of numbers on the device, without waiting for what the device is doing."""
-    tensor = torch.tensor(values, dtype=dtype)
+def to_device(values: Sequence[float] | np.ndarray, device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
+    """Numbers on the device, without waiting for what the device is doing."""
+    tensor = torch.from_numpy(np.asarray(values)).to(dtype)  # numpy takes a long list in a fraction of torch's time
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def positions_of(segments: Sequence[Segment], device: torch.device) -> Tensor:
     """[1 s]: where each token of the row stands in its own text."""
-    spans = (range(segment.position, segment.position + segment.length) for segment in segments)
-    return to_device(list(chain.from_iterable(spans)), device).unsqueeze(0)
+    spans = [np.arange(segment.position, segment.position + segment.length) for segment in segments]
+    return to_device(np.concatenate(spans), device).unsqueeze(0)
 
 
 @dataclass(frozen=True)
