@@ -133,7 +133,7 @@ def rounded(weight: Tensor, scale: Tensor) -> Tensor:
 
 def dequantized(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The matrix in this number format. Products are taken in fp32 and rounded once."""
-    return weight.to(dtype).mul_(scale.unsqueeze(1))
+    return torch.mul(weight, scale.unsqueeze(1), out=torch.empty(weight.shape, dtype=dtype, device=weight.device))
 
 
 def scales_of(one: nn.Module, other: nn.Module) -> tuple[Tensor, Tensor] | None:
