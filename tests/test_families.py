@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from megatron_lite.checkpoint.find import CheckpointLayout, find_checkpoint
 from megatron_lite.checkpoint.load import load_layers, open_source, vocabulary_rows
-from megatron_lite.checkpoint.write import cut, name_latest, step_folder, write_layer
+from megatron_lite.checkpoint.write import name_latest, step_folder, write_layer
 from megatron_lite.config.load import load_config
 from megatron_lite.models.architecture import architecture_named
 from megatron_lite.models.memory import parameters
 from megatron_lite.models.spec import ModelSpec, spec_of
 from megatron_lite.parallel.layout import Layout, stage_numbers
 from megatron_lite.parallel.mesh import Mesh, single_mesh
+from megatron_lite.parallel.shards import Rule
 from megatron_lite.parallel.stage import Stage
 from tests.models import SMALL, logits
 from tests.worlds import in_world
@@ -50,6 +51,17 @@ def twin(spec: ModelSpec) -> nn.Module:
         for name, parameter in model.named_parameters():
             parameter.normal_(1.0 if "norm" in name or ("ln_" in name and name.endswith("weight")) else 0.0, 0.12)
     return model.eval()
+
+
+def cut(layer: nn.Module, size: int, dtype: torch.dtype) -> list[dict[str, Tensor]]:
+    """What each of `size` tensor-parallel ranks holds of a whole layer, by its parameters' rules."""
+    parts: list[dict[str, Tensor]] = [{} for _ in range(size)]
+    for path, parameter in layer.named_parameters():
+        module_name, _, name = path.rpartition(".")
+        rule = cast(dict[str, Rule], layer.get_submodule(module_name).rules)[name]
+        for part, shard in zip(parts, rule.split(parameter.detach().to("cpu", dtype), size), strict=True):
+            part[path] = shard.clone()
+    return parts
 
 
 def stage_of(layout: CheckpointLayout, spec: ModelSpec, mesh: Mesh) -> Stage:

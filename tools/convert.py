@@ -48,7 +48,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--to", choices=("neox", "huggingface"), required=True)
     parser.add_argument("--config", type=Path, help="the model's YAML; a Hugging Face folder describes itself")
     parser.add_argument("--model-parallel-size", type=int, default=1, help="cut of the layer files (default %(default)s)")
-    parser.add_argument("--dtype", choices=tuple(BYTES), help="number format to write (default: the YAML's, or the folder's first weights')")
+    parser.add_argument("--dtype", choices=tuple(BYTES), help="number format to write (default: that of the folder's first block)")
     parser.add_argument("--iteration", type=int, help="step to read, instead of the one that `latest` names")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer JSON to put beside the weights (default: the YAML's vocab_file)")
     parser.add_argument("--lora", metavar="FOLDER", type=Path, help="merge these low-rank adapters, of a training with lora or in PEFT's format")

@@ -22,7 +22,7 @@ from megatron_lite.data.releases import NAMES, Release, release_named
 from megatron_lite.data.task_data import FOLDER, OTHER_NAMES, TASK_DATA
 from megatron_lite.errors import DataError, UserError
 from megatron_lite.log import set_up_logging
-from megatron_lite.progress import Advance, progress
+from megatron_lite.progress import Advance, progress, say
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -65,7 +65,7 @@ def fetch_checkpoint(words: Sequence[str]) -> int:
     left = sum(max(0, file.about - size_on_disk(part_of(folder / file.name))) for file in missing)
     there = sum(file.about for file in release.all_files) - left
     if options.list:
-        print("\n".join(f"{described(file):>22}  {file.name}" for file in release.all_files))
+        say("\n".join(f"{described(file):>22}  {file.name}" for file in release.all_files))
     place = existing(folder)
     print(f"{release.name}: {len(release.all_files)} files, {(there + left) / 1e9:.2f} GB, from {release.source}")
     print(f"{folder}: {left / 1e9:.2f} GB to fetch; {place.resolve()} has {disk_usage(place).free / 1e9:.2f} GB free")

@@ -15,6 +15,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # last, because a top
 from megatron_lite.checkpoint.contents import Stored, files_of, stored_tensors
 from megatron_lite.checkpoint.find import CheckpointLayout, find_checkpoint
 from megatron_lite.errors import UserError
+from megatron_lite.progress import say
 
 Row = tuple[str, ...]
 
@@ -132,10 +133,10 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         layout = find_checkpoint(arguments.folder, iteration=arguments.iteration)
         if arguments.other is None:
-            print(*describe(layout, values=arguments.values), sep="\n")
+            say("\n".join(describe(layout, values=arguments.values)))
             return 0
         found = list(differences(layout, find_checkpoint(arguments.other, iteration=arguments.iteration)))
-        print(*(found or ["the same tensors, bit for bit"]), sep="\n")
+        say("\n".join(found or ["the same tensors, bit for bit"]))
         return 1 if found else 0
     except UserError as error:
         print(error, file=sys.stderr)

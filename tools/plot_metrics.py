@@ -14,6 +14,7 @@ sys.path[:] = [*(folder for folder in sys.path if folder != ROOT), ROOT]
 from megatron_lite.errors import UserError  # noqa: E402
 from megatron_lite.metrics.curves import chart, curves_named, read_runs  # noqa: E402
 from megatron_lite.metrics.image import SPEED, TRAIN, VALIDATION, draw  # noqa: E402
+from megatron_lite.progress import say  # noqa: E402
 
 CHARTS = {TRAIN: "training loss", VALIDATION: "validation loss", SPEED: "tokens/s"}
 
@@ -27,7 +28,7 @@ def main(words: Sequence[str] | None = None) -> int:
         runs = read_runs(given.runs)
         width = max(40, min(120, shutil.get_terminal_size((80, 24)).columns - 2))
         shown = {title: curves for metric, title in CHARTS.items() if (curves := curves_named(runs, metric))}
-        print("\n\n".join(chart(title, curves, width=width) for title, curves in shown.items()))
+        say("\n\n".join(chart(title, curves, width=width) for title, curves in shown.items()))
         if given.output:
             draw(runs, given.output)
             print(f"\nwritten to {given.output}")

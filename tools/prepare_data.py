@@ -16,21 +16,21 @@ from megatron_lite.data.preprocess import Recipe, preprocess
 from megatron_lite.data.tokenizer import Tokenizer
 from megatron_lite.errors import UserError
 from megatron_lite.log import set_up_logging
-from megatron_lite.progress import progress
+from megatron_lite.progress import progress, say
 
 
 def main(words: Sequence[str] | None = None) -> int:
     options = parse(words)
     set_up_logging()
     if options.name is None:
-        print(*listing(options.data), sep="\n")
+        say("\n".join(listing(options.data)))
         return 0
     try:
         tokenizer = tokenizer_of(options)
         files = KNOWN[options.name].files
         with progress("fetching", size_of(files), shown=bool(files)) as advance:
             parts = obtain(options.name, options.data, advance)
-        print(*(settings(part, options.data / options.name, tokenizer) for part in parts), sep="\n")
+        say("\n".join(settings(part, options.data / options.name, tokenizer) for part in parts))
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

@@ -3,14 +3,12 @@
 import errno
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_lite.checkpoint.find import CheckpointLayout
 from megatron_lite.errors import OutputError
-from megatron_lite.parallel.shards import Rule
 
 
 def step_folder(folder: Path, step: int, *, tp: int) -> CheckpointLayout:
@@ -21,17 +19,6 @@ def step_folder(folder: Path, step: int, *, tp: int) -> CheckpointLayout:
     except OSError as error:
         raise OutputError(f"the checkpoint folder {folder / tag} cannot be made: {error.strerror}; choose another folder") from None
     return CheckpointLayout("neox", folder / tag, tag, tp, ())
-
-
-def cut(layer: nn.Module, size: int, dtype: torch.dtype) -> list[dict[str, Tensor]]:
-    """What each of `size` tensor-parallel ranks holds of a whole layer, by its parameters' rules."""
-    parts: list[dict[str, Tensor]] = [{} for _ in range(size)]
-    for path, parameter in layer.named_parameters():
-        module_name, _, name = path.rpartition(".")
-        rule = cast(dict[str, Rule], layer.get_submodule(module_name).rules)[name]
-        for part, shard in zip(parts, rule.split(parameter.detach().to("cpu", dtype), size), strict=True):
-            part[path] = shard.clone()
-    return parts
 
 
 def write_layer(layout: CheckpointLayout, number: int, part: int, tensors: Mapping[str, Tensor]) -> None:
