@@ -8,15 +8,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from megatron_lite.config.load import load_config
 from megatron_lite.inference.decode import Decoder
 from megatron_lite.inference.decoders import Load, continuous_decoder
 from megatron_lite.parallel.mesh import single_mesh
 from megatron_lite.parallel.quantized import quantize
+from megatron_lite.run import load_stage, prepare
 from tests.harness import bundled_model, tokenizer
 from tests.likelihoods import by_one_pass, by_reading, by_steps, furthest, pages_in_all, play
 from tests.loud import PEAK, cut, largest, make_loud, random_stage
 from tests.models import load, write_random
-from tests.runs import BYTES, TOKENIZER, random_prompts, requests
+from tests.runs import BYTES, TOKENIZER, random_prompts, requests, write_run
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda", 0)
@@ -47,6 +49,21 @@ def test_rows_of_any_number_have_a_slot_each(rows: int, temperature: float, tmp_
     found = {completion.request.id: completion.text for completion in fast.complete(asked)}
     expected = {completion.request.id: completion.text for completion in Decoder(stage, SPEC, TOKENIZER, context=SPEC.max_positions).complete(asked)}
     assert found == expected
+
+
+def test_behind_the_warm_up_no_kernel_is_left_to_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton import knobs
+
+    from megatron_lite.inference.warm import warm_up
+
+    write_run(tmp_path, SPEC, tp=2, precision="fp16")
+    run, compiled = prepare(load_config([tmp_path / "config.yml"], {}), single_mesh(GPU)), []
+    warm_up(run, rows=20, context=SPEC.max_positions).join()
+    monkeypatch.setattr(knobs.runtime, "jit_cache_hook", lambda **told: compiled.append(told["repr"]))
+    decoder = continuous_decoder(load_stage(run), run.spec, TOKENIZER, Load(SPEC.max_positions, 20))
+    asked = requests(random_prompts((30, 7, 400, 18, 64, *range(2, 60))), maximum_tokens=40)
+    assert len(list(decoder.complete(asked))) == len(asked)
+    assert compiled == []
 
 
 @pytest.mark.parametrize("texts", [1, 4, 16, 80])

@@ -17,6 +17,7 @@ from megatron_lite.inference.score import tokens_at_once
 from megatron_lite.models.spec import ModelSpec
 from megatron_lite.parallel.budget import free_memory
 from megatron_lite.parallel.stage import Stage
+from megatron_lite.run import Run
 
 MOST_ROWS = 192
 """Rows that share a step on a GPU where nobody says otherwise."""
@@ -51,6 +52,17 @@ class Load:
     def groups(self, stages: int) -> int:
         """Groups of rows that a pipeline works on: one for every stage, or all rows in one, which one stage after the other works on."""
         return stages if self.schedule == "in-flight" else 1
+
+
+def prepare_for(run: Run, load: Load) -> None:
+    """Begins what the decoder of this run can do before the weights are there."""
+    if run.mesh.device.type == "cuda" and find_spec("triton"):
+        from megatron_lite.inference.captured import SIZES
+        from megatron_lite.inference.warm import warm_up
+
+        groups = load.groups(run.mesh.pp.size)
+        rows = min(load.rows or MOST_ROWS, SIZES[-1] * groups)
+        warm_up(run, rows=-(-rows // min(rows, groups)), context=load.context)
 
 
 def decoder_for(stage: Stage, spec: ModelSpec, tokenizer: Codec, load: Load) -> Completer:

@@ -16,7 +16,7 @@ from megatron_lite.data.jsonl import RecordWriter, check_writable
 from megatron_lite.data.prompts import Prompt, read_prompts
 from megatron_lite.errors import ConfigError, DataError
 from megatron_lite.inference.decode import Decoder
-from megatron_lite.inference.decoders import MOST_ROWS, Completer, Load, decoder_for
+from megatron_lite.inference.decoders import MOST_ROWS, Completer, Load, decoder_for, prepare_for
 from megatron_lite.inference.interactive import converse
 from megatron_lite.inference.replicas import complete_all
 from megatron_lite.inference.request import Codec, Completion, Request, Sampling
@@ -62,8 +62,11 @@ def _load_of(run: Run, requests: Sequence[Request]) -> Load:
 
 def _decoder(run: Run, load: Load) -> Completer:
     settings, tokenizer = run.config.generation, cast(Codec, run.tokenizer)
+    is_plain = settings.return_logits or settings.recompute
+    if not is_plain:
+        prepare_for(run, load)
     stage = load_stage(run)
-    if settings.return_logits or settings.recompute:
+    if is_plain:
         return Decoder(
             stage,
             run.spec,

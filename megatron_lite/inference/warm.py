@@ -1,0 +1,177 @@
+"""Compiles the kernels of a run while its weights are read: steps and prompts are gone through on tensors that lie nowhere, and what they would launch is
+compiled, in the order in which it will be needed."""
+
+import os
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from megatron_lite.inference.captured import SIZES, CapturedStepper, size_in
+from megatron_lite.inference.kernels.exchange import OFFERED, PATIENCE, packets, sum_and_norm
+from megatron_lite.inference.kernels.kernel import Launch, watched
+from megatron_lite.inference.paged import FilledPast
+from megatron_lite.inference.reading import COUNTS
+from megatron_lite.inference.step import Slots
+from megatron_lite.log import logger
+from megatron_lite.models.spec import ModelSpec
+from megatron_lite.parallel.layers import LayerNorm
+from megatron_lite.parallel.mesh import Axis
+from megatron_lite.parallel.peers import Peers
+from megatron_lite.parallel.quantized import quantize
+from megatron_lite.parallel.shards import take
+from megatron_lite.parallel.stage import Stage
+from megatron_lite.run import Run
+
+NOWHERE = torch.device("meta")
+THREADS = 8
+"""Compilers at once in a process, if there are cores enough: nearly all of their work is done outside of Python."""
+READINGS = ((37, 1), (64, 1), (64, COUNTS[-1]), (37, 3))
+"""Tokens and prompts that are read together: of every kind one. Captured rows are filled up with prompts."""
+
+
+class Silent(Axis):
+    """An axis whose ranks are not asked."""
+
+    def sum(self, x: Tensor) -> Tensor:
+        return x
+
+    def sum_in_place(self, x: Tensor) -> Tensor:
+        return x
+
+    def maximum(self, x: Tensor) -> Tensor:
+        return x
+
+
+@dataclass(frozen=True)
+class Unseen:
+    """What a block needs to know of prompts that are not there."""
+
+    positions: Tensor
+
+    def mix(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return torch.empty_like(query)
+
+
+def warm_up(run: Run, *, rows: int, context: int) -> threading.Thread:
+    """Begins to compile for steps that `rows` of up to `context` tokens share. It ends when all is done, or with the program."""
+    thread = threading.Thread(target=_warm_up, args=(run, rows, context))
+    thread.start()
+    return thread
+
+
+def _warm_up(run: Run, rows: int, context: int) -> None:
+    device, started = run.mesh.device, time.monotonic()
+    try:
+        _enter(device)
+        waiting = deque(launches(likeness(run), run.spec, words=run.tokenizer.vocab_size, rows=rows, context=context))
+    except Exception as error:  # kernels are compiled where they are used, then
+        logger.debug(f"kernels are not compiled ahead: {error!r}")
+        return
+    count, cores = len(waiting), (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    threads = [threading.Thread(target=_compile, args=(waiting, device)) for _ in range(max(1, min(THREADS, cores // 2)))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    logger.debug(f"{count} kernels were compiled ahead in {time.monotonic() - started:.1f} s")
+
+
+def _compile(waiting: deque[Launch], device: torch.device) -> None:
+    _enter(device)
+    while waiting and threading.main_thread().is_alive():
+        try:
+            waiting.popleft().compile()
+        except Exception as error:
+            logger.debug(f"a kernel is not compiled ahead: {error!r}")
+
+
+def _enter(device: torch.device) -> None:
+    """Every thread has a GPU of its own in mind."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def likeness(run: Run) -> Stage:
+    """This process's layers without memory, and of its blocks, which are alike, the first two."""
+    mesh, spec = run.mesh, run.spec
+    tp = Silent(mesh.tp.name, mesh.tp.index, mesh.tp.ranks)
+    plan, numbers = run.architecture.plan(spec, tp), mesh.layout.numbers(spec.layers)[mesh.pp.index]
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    more = [number for number in numbers if spec.is_block(number)][2:]
+    layers: dict[int, nn.Module] = {}
+    for number in numbers:
+        if number not in more:
+            with NOWHERE:
+                layers[number] = plan[number]().to(dtype).requires_grad_(False)
+            _separate(layers[number], run, number, tp)
+            if spec.quantization:
+                quantize(layers[number], tp)
+    return Stage(layers, replace(mesh, device=NOWHERE, tp=tp), spec.hidden, dtype)
+
+
+def _separate(layer: nn.Module, run: Run, number: int, tp: Axis) -> None:
+    """Norms have as many copies as the checkpoint keeps apart."""
+    for path, norm in layer.named_modules():
+        if isinstance(norm, LayerNorm):
+            for kind, parameter in list(norm.named_parameters()):
+                found = take(norm.rules[kind], run.source.shards(number)[f"{path}.{kind}"], tp.index, tp.size)
+                norm.register_parameter(kind, nn.Parameter(parameter.new_empty(found.shape), requires_grad=False))
+
+
+@torch.inference_mode()
+def launches(stage: Stage, spec: ModelSpec, *, words: int, rows: int, context: int) -> list[Launch]:
+    """What the likeness of a stage launches for prompts and for steps of up to so many rows: of launches that share their code the first."""
+    found: dict[tuple[object, ...], Launch] = {}
+    with watched(lambda launch: found.setdefault(kind_of(launch), launch)):
+        stepper = _stepper(stage, spec, words)
+        for tokens, prompts in READINGS:
+            if stepper.stack is not None and prompts <= (rows if rows == 1 or stage.mesh.pp.size > 1 else max(rows, COUNTS[-1])):
+                stepper._read(_entering(stage, tokens), _pasts(stepper, tokens), _numbers(prompts))
+        slots = Slots.empty(rows, longest=context, device=NOWHERE)
+        for size in dict.fromkeys(size_in(slots, count) for count in range(rows, 0, -1)):
+            stepper._rows(slots, size, _entering(stage, size))
+        for count in range(1, rows + 1) if stepper.peers is not None and stage.mesh.pp.is_last else ():
+            stepper.gathered(torch.empty(count, OFFERED, device=NOWHERE))
+    return list(found.values())
+
+
+def kind_of(launch: Launch) -> tuple[object, ...]:
+    """What Triton compiles for: the kernel, its options, types and alignment of tensors, and whether a number is 1 or a multiple of 16."""
+
+    def kind(value: object) -> object:
+        if isinstance(value, Tensor):
+            return value.dtype, value.data_ptr() % 16 == 0
+        return ("one" if value == 1 else value % 16 == 0) if isinstance(value, int) and not isinstance(value, bool) else type(value)
+
+    return launch.kernel, *map(kind, launch.args), *launch.options.items()
+
+
+def _stepper(stage: Stage, spec: ModelSpec, words: int) -> CapturedStepper:
+    """One for the likeness of a stage; where ranks exchange, as if they reached each other's memory."""
+    stepper, tp = CapturedStepper(stage, spec, words=words, pages=2), stage.mesh.tp
+    if tp.size == 1 or stepper.stack is None:
+        return stepper
+    boxes, turns = torch.empty(tp.size, dtype=torch.int64, device=NOWHERE), torch.empty(SIZES[-1] + 1, dtype=torch.int32, device=NOWHERE)
+    peers = Peers(tp.index, tp.size, packets(SIZES[-1], spec.hidden), boxes, turns, boxes)
+    found, out = torch.empty(3, spec.hidden, device=NOWHERE), torch.empty(0, 3, spec.hidden, dtype=stage.dtype, device=NOWHERE)
+    sum_and_norm(found, found.unsqueeze(0), None, out[:, 0], out[:, 0], out, peers, eps=0.0, patience=PATIENCE)  # as they are proven
+    stepper.peers, stepper.stack = peers, replace(stepper.stack, peers=peers)
+    return stepper
+
+
+def _pasts(stepper: CapturedStepper, tokens: int) -> dict[int, FilledPast]:
+    inner = Unseen(_numbers(tokens).unsqueeze(0))
+    return {number: stepper.cache.fill(number, inner, _numbers(tokens), _numbers(tokens)) for number in stepper.cache.keys}
+
+
+def _entering(stage: Stage, rows: int) -> Tensor:
+    """What comes to the first of a stage's layers."""
+    return _numbers(rows) if stage.mesh.pp.is_first else torch.empty(rows, stage.hidden, dtype=stage.dtype, device=NOWHERE)
+
+
+def _numbers(count: int) -> Tensor:
+    return torch.empty(count, dtype=torch.long, device=NOWHERE)
