@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from launcher.cards import hardware_named
+from launcher.cards import Card, hardware_named
 from launcher.command import ALIASES, Command
 from launcher.demand import LORA, training_of
 from launcher.hardware import Hardware, find_hardware
@@ -91,25 +91,43 @@ def _works(script: object) -> list[str]:
 
 
 def _generation(config: RunConfig, hardware: Hardware, entries: int) -> Forecast:
-    try:
-        plan = plan_generation(config, hardware, entries)
-    except FitError:
-        plan = plan_anyway(config, hardware, entries)
-        return Forecast("generation", plan, False, remedy(Planner(config, hardware, entries)))
-    card, spec = card_of(plan), Planner(config, hardware, entries).spec(plan.layout)
-    speeds = tuple(decoding(plan, spec, card, rows) for rows in dict.fromkeys((1, plan.rows))) if card else ()
-    rows = f"{plan.rows} row{'s' * (plan.rows > 1)} at once of up to {plan.context} tokens"
-    return Forecast("generation", plan, True, f"{rows} (generation_batch_size={plan.rows})", speeds)
+    def remark(plan: Plan, planner: Planner) -> str:
+        if planner.shares and plan.hardware.devices[0].free is not None:
+            return f"room for {_rows(planner.room(plan.layout))} of up to {plan.context} tokens, which shorter ones share"
+        return f"{_rows(plan.rows)} at once of up to {plan.context} tokens (generation_batch_size={plan.rows})"
+
+    def speeds(plan: Plan, spec: ModelSpec, card: Card) -> tuple[Speed, ...]:
+        return tuple(decoding(plan, spec, card, rows) for rows in dict.fromkeys((1, plan.rows)))
+
+    return _serving("generation", plan_generation, Planner(config, hardware, entries), remark, speeds)
 
 
 def _evaluation(config: RunConfig, hardware: Hardware, entries: int) -> Forecast:
+    def remark(plan: Plan, planner: Planner) -> str:
+        return f"{plan.context} tokens at once in every replica"
+
+    return _serving("evaluation", plan_evaluation, Planner(config, hardware, entries), remark, lambda plan, spec, card: (scoring(plan, spec, card),))
+
+
+def _serving(
+    work: str,
+    plan_of: Callable[[RunConfig, Hardware, int], Plan],
+    planner: Planner,
+    remark: Callable[[Plan, Planner], str],
+    speeds: Callable[[Plan, ModelSpec, Card], tuple[Speed, ...]],
+) -> Forecast:
+    """The forecast of work that only reads weights, with what is said of a plan that fits."""
+    parts = planner.config, planner.hardware, planner.entries
     try:
-        plan = plan_evaluation(config, hardware, entries)
+        plan = plan_of(*parts)
     except FitError:
-        plan = plan_anyway(config, hardware, entries)
-        return Forecast("evaluation", plan, False, remedy(Planner(config, hardware, entries)))
-    card, spec = card_of(plan), Planner(config, hardware, entries).spec(plan.layout)
-    return Forecast("evaluation", plan, True, f"{plan.context} tokens at once in every replica", (scoring(plan, spec, card),) if card else ())
+        return Forecast(work, plan_anyway(*parts), False, remedy(planner))
+    card = card_of(plan)
+    return Forecast(work, plan, True, remark(plan, planner), speeds(plan, planner.spec(plan.layout), card) if card else ())
+
+
+def _rows(count: int) -> str:
+    return f"{count} row{'s' * (count > 1)}"
 
 
 def _full_training(config: RunConfig, hardware: Hardware, entries: int) -> Forecast:

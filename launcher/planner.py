@@ -1,5 +1,6 @@
 """Configuration and hardware -> the plan that runs: the layout that was asked for, or the nearest one that the devices and their memory allow."""
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,6 +16,7 @@ from megatron_lite.models.spec import DTYPES, DType, ModelSpec, spec_of
 from megatron_lite.parallel.layout import Layout
 
 MOST_DEVICES = 256  # nobody wants to hear that more would be needed
+MOST_ROWS = 1024  # nor that more would fit
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,19 @@ class Planner:
         return wish_of(self.config)
 
     @cached_property
-    def row_choices(self) -> tuple[int, ...]:
-        """How many rows may be generated at once, best first: fewer than the default where nobody asked for a number."""
+    def shares(self) -> bool:
+        """Whether rows share a cache in pages, which takes what memory is left: rows that find no room wait, and short ones leave room for others."""
+        settings = self.config.generation
+        return self.hardware.kind == "GPU" and not (settings.return_logits or settings.recompute)
+
+    @cached_property
+    def row_choices(self) -> Sequence[int]:
+        """For how many rows of full length there may be room, best first: for one is enough where rows share; elsewhere fewer than the default are only taken
+        where nobody asked for a number."""
         asked = self.config.generation.generation_batch_size
         asked = min(asked, self.demand.rows) if self.demand else asked
+        if self.shares:
+            return range(asked, 0, -1)
         if self.config.where("generation_batch_size") != "default":
             return (asked,)
         return (asked, *(2**power for power in reversed(range(10)) if 2**power < asked))
@@ -56,11 +67,16 @@ class Planner:
         return with_note(weigh(hardware, dealt, spec, rows=rows, context=context), what_was_dealt(layout, dealt, hardware))
 
     def fitting(self, layouts: list[Layout], hardware: Hardware | None = None, *, rows: Sequence[int] | None = None) -> Iterator[Plan]:
-        """The plans for these layouts that fit, each with as many rows as it can."""
+        """The plans for these layouts that fit, each with as many of these rows, most first, as it can."""
+        choices = rows or self.row_choices
         for layout in layouts:
-            plans = (self.weigh(layout, count, hardware) for count in rows or self.row_choices)
-            if plan := next((plan for plan in plans if not plan.shortage()), None):
-                yield plan
+            first = bisect_left(choices, True, key=lambda count, layout=layout: self.weigh(layout, count, hardware).shortage() is None)
+            if first < len(choices):
+                yield self.weigh(layout, choices[first], hardware)
+
+    def room(self, layout: Layout) -> int:
+        """How many rows of full length fit in memory."""
+        return next((plan.rows for plan in self.fitting([layout], rows=range(MOST_ROWS, 0, -1))), 0)
 
 
 def vocabulary_entries(config: RunConfig) -> int:
@@ -84,8 +100,8 @@ def plan_generation(config: RunConfig, hardware: Hardware, entries: int, *, dema
     if plan is None:
         least = planner.weigh(layout, planner.row_choices[-1])
         raise FitError(f"{planner.wish.where} with {layout} and {_rows(least.rows)} at once {least.shortage()}; {remedy(planner)}")
-    fewer = plan.rows if plan.rows < first.rows else None
-    return replace(with_note(with_note(plan, line), f"{layout} {shortage}: using {_differences(first, plan)}"), fewer_rows=fewer)
+    fewer = plan.rows if plan.rows < first.rows and not planner.shares else None
+    return replace(with_note(with_note(plan, line), f"{layout} {shortage}: using {_differences(planner, first, plan)}"), fewer_rows=fewer)
 
 
 def plan_anyway(config: RunConfig, hardware: Hardware, entries: int, *, demand: Demand | None = None) -> Plan:
@@ -105,10 +121,12 @@ def _smallest_first(planner: Planner, wish: Wish, devices: int) -> list[Layout]:
     return sorted(layouts_for(wish, devices, planner.spec(wish.layout)), key=lambda layout: (layout.size, -layout.tp))
 
 
-def _differences(first: Plan, plan: Plan) -> str:
+def _differences(planner: Planner, first: Plan, plan: Plan) -> str:
     layout = [f"{plan.layout} ({gigabytes(plan.largest)} a process)"] if plan.layout != first.layout else []
-    rows = [f"{_rows(plan.rows)} at once instead of {first.rows} (generation_batch_size)"] if plan.rows != first.rows else []
-    return ", ".join(layout + rows)
+    fewer = f"{_rows(plan.rows)} at once instead of {first.rows} (generation_batch_size)"
+    if planner.shares:
+        fewer = f"a cache for {_rows(plan.rows)} of {plan.context} tokens instead of {first.rows}, which shorter rows share"
+    return ", ".join([*layout, fewer] if plan.rows != first.rows else layout)
 
 
 def _rows(count: int) -> str:
@@ -122,7 +140,8 @@ def remedy(planner: Planner) -> str:
         if rows > planner.row_choices[0]:
             continue
         here = list(planner.fitting(_smallest_first(planner, wish, len(hardware)), rows=[rows]))
-        fewer = f" with generation_batch_size={rows}" if rows < planner.row_choices[0] else ""
+        smaller = f" with a cache for {_rows(rows)}" if planner.shares else f" with generation_batch_size={rows}"
+        fewer = smaller if rows < planner.row_choices[0] else ""
         if here:
             return f"here would fit{fewer}: " + ", ".join(f"{plan.layout} ({gigabytes(plan.largest)} a process)" for plan in here[:4])
     if hardware.kind == "CPU":

@@ -6,7 +6,7 @@ import pytest
 
 from launcher.hardware import Device, Hardware
 from launcher.plan import Demand, Plan
-from launcher.planner import plan_generation, plan_settings
+from launcher.planner import Planner, plan_generation, plan_settings
 from launcher.replicas import with_replicas
 from launcher.train_plan import plan_training
 from megatron_lite.config.load import load_config
@@ -114,14 +114,31 @@ def test_the_figures_of_20b_are_those_of_the_release() -> None:
     assert footprint.cache == 2048 * 1_081_344
 
 
-def test_fewer_rows_than_the_default_are_used_where_memory_is_short_and_told_to_the_processes() -> None:
-    fitted = plan("20B", gpus(1, 80))
+def test_the_room_in_a_cache_that_rows_share_is_told_and_the_rows_stay_as_many() -> None:
+    """On GPUs short rows leave room for others, and those that find none wait."""
+    for asked in ({}, {"generation_batch_size": "16"}):
+        fitted = plan("20B", gpus(1, 80), **asked)
+        assert (fitted.layout, fitted.rows) == (Layout(), 14)
+        assert fitted.notes[1] == (
+            "pipe 1 x model 1 needs 83.3 GB on GPU 0 (weights 41.1 GB, KV cache 35.4 GB, activations 5.6 GB, CUDA itself 1.1 GB);"
+            " 80.0 GB are free there: using a cache for 14 rows of 2048 tokens instead of 16, which shorter rows share"
+        )
+        assert "generation_batch_size" not in plan_settings(fitted, load_config([Path("configs/20B.yml")]))
+
+
+@pytest.mark.parametrize("plain", ["return_logits", "recompute"])
+def test_fewer_rows_than_the_default_are_used_where_every_row_has_memory_of_its_own_and_told_to_the_processes(plain: str) -> None:
+    fitted = plan("20B", gpus(1, 80), **{plain: "true"})
     assert (fitted.layout, fitted.rows) == (Layout(), 8)
-    assert fitted.notes[1] == (
-        "pipe 1 x model 1 needs 83.3 GB on GPU 0 (weights 41.1 GB, KV cache 35.4 GB, activations 5.6 GB, CUDA itself 1.1 GB);"
-        " 80.0 GB are free there: using 8 rows at once instead of 16 (generation_batch_size)"
-    )
+    assert fitted.notes[1].endswith("80.0 GB are free there: using 8 rows at once instead of 16 (generation_batch_size)")
     assert plan_settings(fitted, load_config([Path("configs/20B.yml")]))["generation_batch_size"] == 8
+
+
+@pytest.mark.parametrize(("memory", "room"), [(43.0, 0), (44.9, 1), (80.0, 14), (141.0, 38)])
+def test_room_is_for_rows_of_full_length_beside_weights_and_what_reading_them_takes(memory: float, room: int) -> None:
+    """20B takes 41.1 GB, CUDA 1.1 GB, and every row of 2048 tokens 2.2 GB for its keys and values and 0.35 GB to be read."""
+    config = load_config([Path("configs/20B.yml")])
+    assert Planner(config, gpus(1, memory), TOKENS).room(Layout()) == room
 
 
 def test_only_as_many_rows_are_reckoned_as_there_are_prompts() -> None:
@@ -130,36 +147,37 @@ def test_only_as_many_rows_are_reckoned_as_there_are_prompts() -> None:
 
 
 def test_a_layout_of_the_configuration_that_does_not_fit_gives_way_to_one_that_does() -> None:
-    fitted = plan("pythia/6.9B", gpus(4, 16), generation_batch_size="16")
+    fitted = plan("pythia/6.9B", gpus(4, 8), generation_batch_size="16")
     assert fitted.layout == Layout(tp=4)
     assert fitted.notes == (
         "pipe 1 x model 2 needs 18.8 GB on GPU 0 (weights 6.9 GB, KV cache 8.6 GB, activations 2.3 GB, CUDA itself 1.1 GB);"
-        " 16.0 GB are free there: using pipe 1 x model 4 (10.3 GB a process)",
+        " 8.0 GB are free there: using pipe 1 x model 4 (7.8 GB a process), a cache for 9 rows of 2048 tokens instead of 16, which shorter rows share",
     )
     assert plan("20B", gpus(4, 24)).notes == ("configs/20B.yml asks for 4 x 2 = 8 GPUs; 4 found: using pipe 1 x model 4",)
 
 
 def test_a_layout_of_the_command_line_that_does_not_fit_is_refused_with_those_that_would() -> None:
-    sentence = refusal("20B", gpus(4, 60), pipe_parallel_size="1", model_parallel_size="1", generation_batch_size="16")
+    sentence = refusal("20B", gpus(4, 44), pipe_parallel_size="1", model_parallel_size="1", generation_batch_size="16")
     assert sentence == (
-        "configs/20B.yml with pipe 1 x model 1 and 16 rows at once needs 83.3 GB on GPU 0"
-        " (weights 41.1 GB, KV cache 35.4 GB, activations 5.6 GB, CUDA itself 1.1 GB); 60.0 GB are free there;"
-        " here would fit: pipe 1 x model 2 (42.8 GB a process), pipe 2 x model 1 (45.0 GB a process),"
-        " pipe 3 x model 1 (33.0 GB a process), pipe 1 x model 4 (22.5 GB a process)"
+        "configs/20B.yml with pipe 1 x model 1 and 1 row at once needs 44.7 GB on GPU 0"
+        " (weights 41.1 GB, KV cache 2.2 GB, activations 353 MB, CUDA itself 1.1 GB); 44.0 GB are free there;"
+        " here would fit: pipe 1 x model 2 (42.8 GB a process), pipe 3 x model 1 (33.0 GB a process),"
+        " pipe 1 x model 4 (22.5 GB a process), pipe 2 x model 2 (23.6 GB a process)"
     )
 
 
 def test_rows_of_the_command_line_are_refused_with_the_number_that_would_fit() -> None:
-    sentence = refusal("20B", gpus(2, 24), generation_batch_size="16")
+    sentence = refusal("20B", gpus(2, 24), generation_batch_size="16", return_logits="true")
     assert sentence.endswith("here would fit with generation_batch_size=1: pipe 1 x model 2 (23.0 GB a process), pipe 2 x model 1 (23.1 GB a process)")
+    assert plan("20B", gpus(2, 24), generation_batch_size="16").rows == 1
 
 
 def test_where_no_layout_fits_the_number_of_gpus_that_would_is_told() -> None:
     sentence = refusal("20B", gpus(2, 16))
     assert sentence.startswith("configs/20B.yml with pipe 1 x model 2 and 1 row at once needs 23.0 GB on GPU 0 (weights 20.6 GB, KV cache 1.1 GB, ")
     assert sentence.endswith(
-        "no layout fits on what is here (2 GPUs found); weight_quantization=int8 would (pipe 1 x model 2 with 2 rows at once: 14.5 GB a process);"
-        " 4 such GPUs would do (pipe 1 x model 4: 14.1 GB on each)"
+        "no layout fits on what is here (2 GPUs found); weight_quantization=int8 would (pipe 1 x model 2 with 3 rows at once: 15.8 GB a process);"
+        " 4 such GPUs would do (pipe 1 x model 4: 15.5 GB on each)"
     )
 
 

@@ -42,7 +42,7 @@ def test_the_plan_of_20b_on_two_cards_of_24_gb_as_it_is_printed(capsys: pytest.C
     assert rows["weights"] == ["20.6 GB", "20.6 GB", "41.1 GB", "20.6 GB"]
     assert rows["optimizer states"] == ["·", "·", "82.2 GB", "87 MB"]
     assert rows["total"] == ["23.0 GB", "22.3 GB", "252.7 GB", "23.7 GB"]
-    assert rows["generation"][-1] == "1 row at once of up to 2048 tokens (generation_batch_size=1)"
+    assert rows["generation"][-1] == "room for 1 row of up to 2048 tokens, which shorter ones share"
     assert rows["full training"] == [
         "does not fit: 32 such GPUs would do: pipe-parallel-size=1 model-parallel-size=1 train_micro_batch_size_per_gpu=1 zero_optimization.stage=3"
         " (22.3 GB a process)"

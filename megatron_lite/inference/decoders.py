@@ -13,7 +13,7 @@ from megatron_lite.inference.decode import Decoder
 from megatron_lite.inference.paged import page_bytes, pages_for
 from megatron_lite.inference.request import Codec, Completion, Request
 from megatron_lite.inference.rows import Watch
-from megatron_lite.inference.score import tokens_at_once
+from megatron_lite.models.memory import generation_footprint
 from megatron_lite.models.spec import ModelSpec
 from megatron_lite.parallel.budget import free_memory
 from megatron_lite.parallel.stage import Stage
@@ -24,7 +24,7 @@ MOST_ROWS = 192
 MOST_TOKENS = 8192
 """Prompt tokens that are read at once."""
 LEFT_FREE = 0.1
-"""Share of the free memory that stays free beside the cache, for what reading prompts takes for a moment."""
+"""Share of the free memory that stays free beside the cache at least, for what reading prompts takes for a moment."""
 
 Schedule = Literal["in-flight", "naive"]
 
@@ -76,22 +76,34 @@ def continuous_decoder(stage: Stage, spec: ModelSpec, tokenizer: Codec, load: Lo
     """Serves as many rows at once as are wanted, and as fit in memory."""
     from megatron_lite.inference.captured import SIZES, CapturedStepper
 
-    groups = load.groups(stage.mesh.pp.size)
+    groups, longest = load.groups(stage.mesh.pp.size), load.tokens or load.context
     rows = min(load.rows or MOST_ROWS, SIZES[-1] * groups)
-    pages = 1 + min(rows * pages_for(load.tokens or load.context), _pages_that_fit(stage, spec))
+    pages = min(1 + rows * pages_for(longest), _pages_that_fit(stage, spec, longest))
     stepper = CapturedStepper(stage, spec, words=tokenizer.vocab_size, pages=pages)
-    tokens = min(MOST_TOKENS, tokens_at_once(spec, stage.mesh.tp.size, stage.mesh.device))
+    tokens = max(longest, min(MOST_TOKENS, _least(stage, free_memory(stage.mesh.device) // 2 * longest // _reading(stage, spec, longest))))
     return ContinuousDecoder(stepper, tokenizer, context=load.context, rows=rows, tokens=tokens, groups=groups)
 
 
-def _pages_that_fit(stage: Stage, spec: ModelSpec) -> int:
-    """The same on every rank of a replica: what the fullest GPU has room for."""
+def _pages_that_fit(stage: Stage, spec: ModelSpec, longest: int) -> int:
+    """Those for which there is memory beside what reading the longest text takes."""
     mesh = stage.mesh
     free = free_memory(mesh.device)
-    blocks = sum(map(spec.is_block, stage.layers))
-    pages = int(free * (1 - LEFT_FREE)) // page_bytes(spec, blocks=blocks, tp=mesh.tp.size)
-    for axis in (mesh.tp, mesh.pp):
-        pages = int(axis.minimum(torch.tensor(float(pages), device=mesh.device)))
+    beside = max(int(free * LEFT_FREE), _reading(stage, spec, longest))
+    pages = _least(stage, max(0, free - beside) // page_bytes(spec, blocks=sum(map(spec.is_block, stage.layers)), tp=mesh.tp.size))
     if pages < pages_for(1) + 1:
         raise FitError(f"beside the weights {free / 1e9:.1f} GB of {mesh.device} are free, too little for a cache; spread the model over more GPUs")
     return pages
+
+
+def _reading(stage: Stage, spec: ModelSpec, tokens: int) -> int:
+    """Bytes that reading so many tokens takes for a moment, as the plan of a run reckons them."""
+    footprint = generation_footprint(spec, stage.mesh.layout, stage.mesh.pp.index, rows=1, context=tokens)
+    return footprint.activations + footprint.buffers
+
+
+def _least(stage: Stage, count: int) -> int:
+    """The same on every rank of a replica: what the fullest GPU has room for."""
+    mesh = stage.mesh
+    for axis in (mesh.tp, mesh.pp):
+        count = int(axis.minimum(torch.tensor(float(count), device=mesh.device)))
+    return count
