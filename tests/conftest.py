@@ -42,3 +42,9 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"no folder {SHARED_DATA}: tokenizers and texts of others are not part of the project")
     return SHARED_DATA
+
+
+@pytest.fixture
+def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The working folder is the project's, where names of configurations are found."""
+    monkeypatch.chdir(Path(__file__).resolve().parents[1])

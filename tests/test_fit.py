@@ -12,23 +12,9 @@ from launcher.train_plan import plan_training
 from megatron_lite.config.load import load_config
 from megatron_lite.errors import FitError, LayoutError
 from megatron_lite.parallel.layout import Layout
+from tests.machines import GB, TOKENS, cores, gpus
 
-ROOT = Path(__file__).resolve().parents[1]
-TOKENS = 50277  # entries of 20B's tokenizer
-GB = 10**9
-
-
-@pytest.fixture(autouse=True)
-def root(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-
-
-def gpus(count: int, free: float) -> Hardware:
-    return Hardware("GPU", (Device("NVIDIA H100 80GB HBM3", int(free * GB)),) * count)
-
-
-def cores(count: int, memory: float = 24) -> Hardware:
-    return Hardware("CPU", (Device("CPU core"),) * count, memory=int(memory * GB))
+pytestmark = pytest.mark.usefixtures("at_root")
 
 
 def plan(name: str, hardware: Hardware, prompts: int | None = None, **overrides: str) -> Plan:
@@ -117,7 +103,7 @@ def test_the_figures_of_20b_are_those_of_the_release() -> None:
 def test_the_room_in_a_cache_that_rows_share_is_told_and_the_rows_stay_as_many() -> None:
     """On GPUs short rows leave room for others, and those that find none wait."""
     for asked in ({}, {"generation_batch_size": "16"}):
-        fitted = plan("20B", gpus(1, 80), **asked)
+        fitted = plan("20B", gpus(1, 80), None, **asked)
         assert (fitted.layout, fitted.rows) == (Layout(), 14)
         assert fitted.notes[1] == (
             "pipe 1 x model 1 needs 83.3 GB on GPU 0 (weights 41.1 GB, KV cache 35.4 GB, activations 5.6 GB, CUDA itself 1.1 GB);"
@@ -128,7 +114,7 @@ def test_the_room_in_a_cache_that_rows_share_is_told_and_the_rows_stay_as_many()
 
 @pytest.mark.parametrize("plain", ["return_logits", "recompute"])
 def test_fewer_rows_than_the_default_are_used_where_every_row_has_memory_of_its_own_and_told_to_the_processes(plain: str) -> None:
-    fitted = plan("20B", gpus(1, 80), **{plain: "true"})
+    fitted = plan("20B", gpus(1, 80), None, **{plain: "true"})
     assert (fitted.layout, fitted.rows) == (Layout(), 8)
     assert fitted.notes[1].endswith("80.0 GB are free there: using 8 rows at once instead of 16 (generation_batch_size)")
     assert plan_settings(fitted, load_config([Path("configs/20B.yml")]))["generation_batch_size"] == 8

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from launcher.command import Command
-from launcher.hardware import Device, Hardware
+from launcher.hardware import Hardware
 from launcher.plan import Plan
 from launcher.planner import plan_settings
 from launcher.replicas import plan_evaluation
@@ -14,23 +14,9 @@ from megatron_lite.config.load import load_config
 from megatron_lite.data import hub
 from megatron_lite.errors import FitError, LayoutError, UserError
 from megatron_lite.parallel.layout import Layout
+from tests.machines import TOKENS, cores, gpus
 
-ROOT = Path(__file__).resolve().parents[1]
-TOKENS = 50277  # entries of 20B's tokenizer
-GB = 10**9
-
-
-@pytest.fixture(autouse=True)
-def root(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-
-
-def gpus(count: int, free: float) -> Hardware:
-    return Hardware("GPU", (Device("NVIDIA H200", int(free * GB)),) * count)
-
-
-def cores(count: int, memory: float = 24) -> Hardware:
-    return Hardware("CPU", (Device("CPU core"),) * count, memory=int(memory * GB))
+pytestmark = pytest.mark.usefixtures("at_root")
 
 
 def plan(name: str, hardware: Hardware, **overrides: str) -> Plan:

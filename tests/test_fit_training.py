@@ -12,19 +12,9 @@ from launcher.train_plan import plan_training
 from megatron_lite.config.load import load_config
 from megatron_lite.errors import FitError, UserError
 from megatron_lite.parallel.layout import Layout
+from tests.machines import GB, TOKENS, gpus
 
-ROOT = Path(__file__).resolve().parents[1]
-TOKENS = 50277  # entries of 20B's tokenizer
-GB = 10**9
-
-
-@pytest.fixture(autouse=True)
-def root(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-
-
-def gpus(count: int, free: float) -> Hardware:
-    return Hardware("GPU", (Device("NVIDIA H200", int(free * GB)),) * count)
+pytestmark = pytest.mark.usefixtures("at_root")
 
 
 def plan(hardware: Hardware, name: str = "20B", *settings: str, pp: int = 1, tp: int = 1) -> Plan:

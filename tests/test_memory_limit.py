@@ -15,15 +15,10 @@ from megatron_lite.config.load import load_config
 from megatron_lite.errors import ConfigError, FitError
 from megatron_lite.parallel.budget import free_memory, hold_to
 from megatron_lite.parallel.layout import Layout
+from tests.machines import GB
 
-ROOT = Path(__file__).resolve().parents[1]
-GB = 10**9
+pytestmark = pytest.mark.usefixtures("at_root")
 H200S = Hardware("GPU", (Device("NVIDIA H200", 150 * GB),) * 4)
-
-
-@pytest.fixture(autouse=True)
-def root(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
 
 
 def fitted(name: str, machine: Hardware, **overrides: str) -> Plan:

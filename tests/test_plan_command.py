@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -13,12 +12,7 @@ from launcher.forecast import Forecast, outlook_of
 from megatron_lite.errors import ConfigError
 from megatron_lite.parallel.layout import Layout
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(autouse=True)
-def root(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
+pytestmark = pytest.mark.usefixtures("at_root")
 
 
 def printed(capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
