@@ -130,7 +130,8 @@ def _name_ends(axes: "Axes", ends: Sequence[End]) -> None:
     for end in sorted((end for end in ends if end.curve), key=lambda end: end.value):
         height = max(end.value, height * least)
         text = f"{end.name}: {_short(end.value)}"
-        axes.annotate(text, (max(end.curve), height), xytext=(8, 0), textcoords="offset points", va="center", fontsize=9, color=end.color)
+        place = {"xytext": (8, 0), "textcoords": "offset points", "va": "center"}
+        axes.annotate(text, (max(end.curve), height), **place, fontsize=9, color=end.color, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})
 
 
 def _short(value: float) -> str:
