@@ -1,5 +1,6 @@
 """Conversions there and back, to the bit where arithmetic allows, and bounded where it does not."""
 
+import shutil
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -124,7 +125,9 @@ def test_an_interrupted_conversion_leaves_nothing_that_looks_complete(tmp_path: 
     assert not (tmp_path / "hf").exists()
     with pytest.raises(KeyboardInterrupt):
         to_neox(model_of(layout, SMALL), tmp_path / "neox", tp=2, step=3, dtype=torch.float32, progress=stop)
-    assert not (tmp_path / "neox" / "latest").exists()
+    assert [path.name for path in (tmp_path / "neox").iterdir()] == ["global_step3.partial"]
+    assert neox(layout, SMALL, tmp_path / "neox", tp=2).tp == 2, "the same command again does it"
+    assert {path.name for path in (tmp_path / "neox").iterdir()} == {"global_step3", "latest"}
 
 
 def test_a_folder_that_holds_something_is_not_overwritten(tmp_path: Path) -> None:
@@ -133,6 +136,20 @@ def test_a_folder_that_holds_something_is_not_overwritten(tmp_path: Path) -> Non
     (tmp_path / "hf" / "mine.txt").write_text("keep")
     with pytest.raises(OutputError, match="hf exists and is not empty"):
         hugging(layout, SMALL, tmp_path / "hf")
+    with pytest.raises(OutputError, match=r"mine.txt.partial cannot be written: Not a directory"):
+        hugging(layout, SMALL, tmp_path / "hf" / "mine.txt")
+    assert (tmp_path / "hf" / "mine.txt").read_text() == "keep"
+
+
+def test_a_checkpoint_is_not_converted_into_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny, folder = Path(__file__).parents[1] / "checkpoints" / "tiny", tmp_path / "checkpoint"
+    shutil.copytree(tiny, folder)
+    step = find_checkpoint(folder).folder
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    words = [str(folder), str(folder), "--to", "neox", "--config", str(tiny.parents[1] / "configs" / "tiny.yml")]
+    assert main(words) == 2
+    assert f"{step} exists and is not empty; choose another folder" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 def test_the_tool_converts_the_bundled_model_and_verifies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

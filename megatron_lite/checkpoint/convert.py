@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_lite.checkpoint.adapters import Adapters
+from megatron_lite.checkpoint.find import CheckpointLayout
 from megatron_lite.checkpoint.source import Source
-from megatron_lite.checkpoint.write import name_latest, step_folder, write_layer
+from megatron_lite.checkpoint.write import name_latest, write_layer
 from megatron_lite.errors import CheckpointError, OutputError
 from megatron_lite.models.architecture import Architecture
 from megatron_lite.models.spec import ModelSpec
@@ -57,15 +58,16 @@ class Model:
 
 def to_neox(model: Model, folder: Path, *, tp: int, step: int, dtype: torch.dtype, progress: Progress) -> list[str]:
     """Writes folder/global_stepN cut for `tp`, `latest` last. Returns the names of tensors whose copies differed and were averaged."""
-    layout = step_folder(folder, step, tp=tp)
-    averaged = []
-    for number, tensors in model.layers():
-        averaged += [f"layer {number} {name}" for name, (rule, stored) in tensors.items() if _drifted(rule, stored, tp)]
-        for part in range(tp):
-            mine = {name: take(_single(rule), stored, part, tp).to(dtype).clone() for name, (rule, stored) in tensors.items()}
-            write_layer(layout, number, part, mine)
-            progress(sum(tensor.nbytes for tensor in mine.values()))
-    name_latest(folder, layout.tag)
+    tag, averaged = f"global_step{step}", []
+    with appearing(folder / tag) as partial:
+        layout = CheckpointLayout("neox", partial, tag, tp, ())
+        for number, tensors in model.layers():
+            averaged += [f"layer {number} {name}" for name, (rule, stored) in tensors.items() if _drifted(rule, stored, tp)]
+            for part in range(tp):
+                mine = {name: take(_single(rule), stored, part, tp).to(dtype).clone() for name, (rule, stored) in tensors.items()}
+                write_layer(layout, number, part, mine)
+                progress(sum(tensor.nbytes for tensor in mine.values()))
+    name_latest(folder, tag)
     return averaged
 
 
@@ -99,10 +101,10 @@ def to_huggingface(model: Model, folder: Path, *, dtype: torch.dtype, extra: Map
 @contextmanager
 def appearing(folder: Path) -> Iterator[Path]:
     """A folder to write into that gets its name only when all is written; what an interruption leaves is called .partial."""
-    if folder.exists() and any(folder.iterdir()):
-        raise OutputError(f"{folder} exists and is not empty; choose another folder, or delete it first")
     partial = folder.with_name(folder.name + ".partial")
     try:
+        if folder.exists() and any(folder.iterdir()):
+            raise OutputError(f"{folder} exists and is not empty; choose another folder, or delete it first")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
