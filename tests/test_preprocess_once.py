@@ -21,7 +21,7 @@ from megatron_lite.errors import DataError
 class Upper(CharLevelTokenizer):
     """Another tokenizer of the same size."""
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return super().encode(text.upper())
 
 

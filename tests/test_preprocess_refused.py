@@ -70,13 +70,13 @@ class Ninety:
     vocab_size = 50
     eod = 0
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return [90] * len(text)
 
     def decode(self, tokens: Sequence[int]) -> str:
         return "?" * len(tokens)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
         return [self.encode(text) for text in texts]
 
 

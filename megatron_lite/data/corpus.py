@@ -10,7 +10,7 @@ from megatron_lite.data.documents import TextFile, kind_of
 from megatron_lite.data.indexed import Corpus, IndexedDataset, files_of
 from megatron_lite.data.once import one_at_a_time
 from megatron_lite.data.preprocess import Entry, Recipe, data_set_of, entries_of, preprocess
-from megatron_lite.data.tokenizer import Tokenizer
+from megatron_lite.data.tokenizer import Tokenizer, beginning_of
 from megatron_lite.errors import DataError
 from megatron_lite.log import logger
 
@@ -91,5 +91,6 @@ def _first_entries(file: TextFile, recipe: Recipe) -> list[Entry]:
 def _fingerprint(path: Path, probe: Sequence[Entry], tokenizer: Tokenizer) -> str:
     """Changes with the file, the tokenizer, and the way records are read."""
     state = path.stat()
-    tokens = tokenizer.encode_batch([segment.text for entry in probe for segment in entry.segments])
+    tokens = tokenizer.encode_batch([segment.text for entry in probe for segment in entry.segments], add_special_tokens=False)
+    tokens[0] = beginning_of(tokenizer) + tokens[0]
     return hashlib.sha256(repr((state.st_size, state.st_mtime_ns, tokenizer.vocab_size, tokenizer.eod, tokens)).encode()).hexdigest()[:12]

@@ -11,7 +11,7 @@ from megatron_lite.data.documents import Record, TextFile
 from megatron_lite.data.forms import Form, Segment, Template, Text, form_of, key_of, plainly
 from megatron_lite.data.index_writer import label_writer, token_writer
 from megatron_lite.data.indexed import MASKED
-from megatron_lite.data.tokenizer import Tokenizer
+from megatron_lite.data.tokenizer import Tokenizer, beginning_of
 from megatron_lite.errors import DataError
 from megatron_lite.log import logger
 from megatron_lite.progress import progress
@@ -115,7 +115,7 @@ def _batches(entries: Iterator[Entry]) -> Iterator[list[Entry]]:
 
 def _encode(entries: Sequence[Entry], outputs: "dict[str, _Output]", tokenizer: Tokenizer) -> int:
     """Tokens written."""
-    encoded = iter(tokenizer.encode_batch([segment.text for entry in entries for segment in entry.segments]))
+    encoded = iter(tokenizer.encode_batch([segment.text for entry in entries for segment in entry.segments], add_special_tokens=False))
     return sum(outputs[entry.form.key].add(entry, [next(encoded) for _ in entry.segments]) for entry in entries)
 
 
@@ -128,6 +128,7 @@ class _Output:
         self._tokens = token_writer(data_set_of(prefix, form.key), vocab_size=size)
         self._labels = label_writer(data_set_of(prefix, f"{form.key}_label"), vocab_size=size) if form.masks else None
         self._learned = self._empty = 0
+        self._beginning, self._begins = beginning_of(recipe.tokenizer), True
 
     @property
     def tokens(self) -> int:
@@ -147,12 +148,16 @@ class _Output:
         return len(tokens)
 
     def _learning(self, entry: Entry, encoded: list[list[int]]) -> tuple[list[int], list[int]]:
-        """The tokens of an entry and its labels. A document that shall end with eod does so once."""
+        """The tokens of an entry and its labels. A document begins once as the tokenizer's texts do, and one that shall end with eod does so once."""
         eod, tokens, labels, learned = self._recipe.tokenizer.eod, [], [], True
         for (_, learned, ends), part in zip(entry.segments, encoded, strict=True):
             whole = [*part, eod] if ends else part
             tokens += whole
             labels += whole if learned else [MASKED] * len(whole)
+        if tokens and self._begins and tokens[: len(self._beginning)] != self._beginning:
+            tokens = self._beginning + tokens
+            labels = (self._beginning if entry.segments[0].learned else [MASKED] * len(self._beginning)) + labels
+        self._begins = entry.ends or (self._begins and not tokens)
         if tokens and entry.ends and self._recipe.append_eod and tokens[-1] != eod:
             tokens.append(eod)
             labels.append(eod if learned else MASKED)

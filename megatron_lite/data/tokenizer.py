@@ -19,14 +19,15 @@ END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>")
 
 
 class Tokenizer(Protocol):
-    """What the rest of the program knows of a tokenizer. `eod` is the token between documents, which also ends a completion."""
+    """What the rest of the program knows of a tokenizer. `eod` is the token between documents, which also ends a completion. Special tokens are those
+    that some add around a text that stands alone, such as LLaMA's <s>."""
 
     vocab_size: int
     eod: int
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
     def decode(self, tokens: Sequence[int]) -> str: ...
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+    def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]: ...
 
 
 class LibraryTokenizer:
@@ -40,14 +41,14 @@ class LibraryTokenizer:
             raise TokenizerError(f"{source} (vocab_file) has no end-of-document token; it needs one of {', '.join(END_OF_DOCUMENT)}")
         self.eod = known[0]
 
-    def encode(self, text: str) -> list[int]:
-        return self._inner.encode(text).ids
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return self._inner.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self._inner.decode(list(tokens))
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._inner.encode_batch(list(texts))]
+    def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+        return [encoding.ids for encoding in self._inner.encode_batch(list(texts), add_special_tokens=add_special_tokens)]
 
 
 class SentencePieceTokenizer:
@@ -61,13 +62,13 @@ class SentencePieceTokenizer:
             raise TokenizerError(f"{source} (vocab_file) has no end-of-document piece; it needs one of {', '.join(END_OF_DOCUMENT)}")
         self.eod = known[0]
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return self._inner.EncodeAsIds(text)
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self._inner.DecodeIds(list(tokens))
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
         return [self.encode(text) for text in texts]
 
 
@@ -79,13 +80,13 @@ class TiktokenTokenizer:
         self.vocab_size = inner.n_vocab
         self.eod = inner.eot_token
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return self._inner.encode(text, allowed_special="all")
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self._inner.decode(list(tokens))
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
         return self._inner.encode_batch(list(texts), allowed_special="all")
 
 
@@ -95,14 +96,20 @@ class CharLevelTokenizer:
     vocab_size = 512
     eod = 0
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return list(text.encode("utf-8"))
 
     def decode(self, tokens: Sequence[int]) -> str:
         return bytes(token for token in tokens if token < 256).decode("utf-8", errors="replace")
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
         return [self.encode(text) for text in texts]
+
+
+def beginning_of(tokenizer: Tokenizer) -> list[int]:
+    """The special tokens in front of a text: LLaMA's <s>, of most tokenizers none."""
+    bare, whole = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
+    return next(whole[:place] for place in range(len(whole) + 1) if whole[place : place + len(bare)] == bare)
 
 
 def load_tokenizer(section: TokenizerSection) -> Tokenizer:

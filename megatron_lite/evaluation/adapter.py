@@ -8,7 +8,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from megatron_lite.data.tokenizer import Tokenizer
+from megatron_lite.data.tokenizer import Tokenizer, beginning_of
 from megatron_lite.errors import DataError
 from megatron_lite.evaluation.work import Answer, Order, Scoring, Writing
 from megatron_lite.inference.packing import TokenRequest
@@ -34,6 +34,7 @@ class HarnessModel(TemplateLM):
         super().__init__()
         self.give = give
         self.text = tokenizer
+        self._beginning = beginning_of(tokenizer)
         self.max_length = context
         self.max_gen_toks = MOST_NEW_TOKENS
         self.batch_size = 1  # of no meaning: batches are made of tokens
@@ -46,19 +47,30 @@ class HarnessModel(TemplateLM):
         return self.text.eod
 
     @property
+    def prefix_token_id(self) -> int:
+        return self._beginning[0] if self._beginning else self.text.eod
+
+    @property
     def tokenizer_name(self) -> str:
         return type(self.text).__name__
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: object) -> list[int]:
+        if add_special_tokens is not None:
+            return self.text.encode(string, add_special_tokens=add_special_tokens)
         found = self._encoded.get(string)
-        return self.text.encode(string) if found is None else found
+        return self._encode([string])[0] if found is None else found
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        """As texts that stand alone; where one begins with the text of <s>, that is not put in front of it again."""
+        size, twice = len(self._beginning), 2 * self._beginning
+        return [tokens[size:] if twice and tokens[: 2 * size] == twice else tokens for tokens in self.text.encode_batch(texts)]
 
     def loglikelihood(self, requests: "list[Instance]", disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """As lm-eval splits context and continuation, but with all texts encoded beforehand, at once and on all cores."""
         asked = [cast(tuple[str, str], request.args) for request in requests]
         pairs = [(context.rstrip(), context + continuation) for context, continuation in asked]
         texts = list(dict.fromkeys(chain.from_iterable(pairs)))
-        self._encoded = dict(zip(texts, self.text.encode_batch(texts), strict=True))
+        self._encoded = dict(zip(texts, self._encode(texts), strict=True))
         try:
             answers: list[tuple[float, bool]] = []
             for first in range(0, len(requests), MOST_AT_ONCE):
@@ -81,7 +93,7 @@ class HarnessModel(TemplateLM):
     def loglikelihood_rolling(self, requests: "list[Instance]", disable_tqdm: bool = True) -> list[float]:
         """Every text from its first token on, in windows of the model's length that do not overlap in what they predict."""
         texts = [str(request.args[0]) for request in requests]
-        windows = [self._windows(tokens) for tokens in self.text.encode_batch(texts)]
+        windows = [self._windows(tokens) for tokens in self.text.encode_batch(texts, add_special_tokens=False)]
         self._documents = len(requests)
         scores = iter(self._loglikelihood_tokens(list(chain.from_iterable(windows))))
         totals = [sum(next(scores)[0] for _ in each) for each in windows]
@@ -96,7 +108,7 @@ class HarnessModel(TemplateLM):
     def generate_until(self, requests: "list[Instance]", disable_tqdm: bool = True) -> list[str]:
         """Continuations up to the first of the task's stop strings."""
         asked = [cast(tuple[str, dict[str, Any]], request.args) for request in requests]  # Any: a task's own settings
-        prompts = self.text.encode_batch([text for text, _ in asked])
+        prompts = self._encode([text for text, _ in asked])
         orders = [self._request(number, text, tokens, options) for number, ((text, options), tokens) in enumerate(zip(asked, prompts, strict=True))]
         texts = cast(list[str], self.give(Writing(orders)))
         for request, text in zip(requests, texts, strict=True):
