@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_lite.data.indexed import Corpus, IndexedDataset
+from megatron_lite.data.index_writer import label_writer
+from megatron_lite.data.indexed import MASKED, Corpus, IndexedDataset
 from megatron_lite.data.packing import Packing, pack
+from megatron_lite.data.samples import Samples
 from tests.corpora import DOC_IDX, SAMPLE_IDX, SHUFFLE_IDX, SIZES, corpus, documents, samples, shown
 from tests.disks import no_file_beyond
 
@@ -48,6 +50,27 @@ def test_maps_that_cannot_be_right_are_made_again(tmp_path: Path, damage: str) -
             np.save(name, np.array(DOC_IDX, np.int32) + 1)
     assert shown(samples(whole)._maps) == (DOC_IDX, SAMPLE_IDX, SHUFFLE_IDX)
     assert np.load(name).tolist() == DOC_IDX
+
+
+@pytest.mark.parametrize("pack_impl", ["unpacked", "pack_until_overflow"])
+def test_whole_documents_are_mapped_again_for_another_part_or_other_labels(tmp_path: Path, pack_impl: str) -> None:
+    def seen(part: range) -> set[int]:
+        whole = Corpus(IndexedDataset(tmp_path / "mine"), IndexedDataset(tmp_path / "labels"))
+        packing = Packing(8, 1234, pack_impl)  # type: ignore[arg-type]
+        return set(Samples(whole, part, purpose="train", count=20, packing=packing)._maps.documents.tolist())
+
+    learned = [[1] * size for size in SIZES]
+    corpus(tmp_path, labels=learned)
+    assert (seen(range(3)), seen(range(5)), seen(range(3))) == ({0, 1, 2}, {0, 1, 2, 3, 4}, {0, 1, 2})
+    before = sorted(tmp_path.glob("*.npy"))
+    seen(range(3))
+    assert sorted(tmp_path.glob("*.npy")) == before
+    masked = [[MASKED] * SIZES[0], *learned[1:]]
+    with label_writer(tmp_path / "labels", vocab_size=5000) as writer:
+        for numbers in masked:
+            writer.add_sequence(numbers)
+        writer.finish()
+    assert seen(range(3)) == {1, 2}
 
 
 def test_a_full_disk_costs_only_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,5 +1,6 @@
 """Sample maps beside their data set, under the names that NeoX gives them: those that it made are used, those made here serve it."""
 
+import hashlib
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_lite.data.indexed import files_of
+from megatron_lite.data.indexed import Corpus, files_of
 from megatron_lite.data.once import one_at_a_time, save_array
 from megatron_lite.data.packing import Documents, Packing, SampleMaps, check_documents, epochs_for, pack, samples_in
 from megatron_lite.log import logger
@@ -17,17 +18,21 @@ PARTS = ("doc_idx", "sample_idx", "shuffle_idx")
 
 @dataclass(frozen=True)
 class MapFiles:
-    """Where the maps of a data set lie, for a purpose such as "train" or, of several data sets, "train_0"."""
+    """Where the maps of a data set lie, for a purpose such as "train" or, of several data sets, "train_0". Maps of whole documents say nothing that could
+    be checked of what they were made from: their names hold its `origin`, so that those of NeoX are not taken for ours."""
 
     prefix: Path
     purpose: str
     samples: int
     packing: Packing
+    origin: str
 
     def paths(self) -> list[Path]:
         packing = self.packing
         chopped = "_ac" if packing.allow_chopped else ""
         title = f"{self.prefix.name}_{self.purpose}_indexmap_{self.samples}ns_{packing.seq_length}sl_{packing.seed}s_{packing.pack_impl}pi{chopped}"
+        if packing.pack_impl != "packed":
+            title += f"_{self.origin}"
         return [self.prefix.with_name(f"{title}_{part}.npy") for part in PARTS]
 
     def load(self, documents: Documents) -> SampleMaps | None:
@@ -47,6 +52,15 @@ class MapFiles:
     def save(self, maps: SampleMaps) -> None:
         for path, numbers in zip(self.paths(), (maps.documents, maps.starts, maps.order), strict=True):
             save_array(path, numbers)
+
+
+def origin_of(corpus: Corpus, part: range) -> str:
+    """Another text for another part of the data, other lengths, or other labels."""
+    parts: list[object] = [part.start, part.stop, hashlib.sha256(corpus.tokens.sizes[part.start : part.stop].tobytes()).hexdigest()]
+    if corpus.labels is not None:
+        state = files_of(corpus.labels.prefix)[0].stat()
+        parts += [str(corpus.labels.prefix.resolve()), state.st_size, state.st_mtime_ns]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 
 def fits(maps: SampleMaps, documents: Documents, samples: int, packing: Packing) -> bool:

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_lite.data.indexed import MASKED, Corpus, IndexedDataset
-from megatron_lite.data.maps import MapFiles, sample_maps
+from megatron_lite.data.maps import MapFiles, origin_of, sample_maps
 from megatron_lite.data.packing import Documents, Packing
 from megatron_lite.errors import DataError
 
@@ -36,7 +36,7 @@ class Samples:
     def __init__(self, corpus: Corpus, part: range, *, purpose: str, count: int, packing: Packing) -> None:
         self._corpus, self._packing, self._purpose = corpus, packing, purpose
         documents = Documents(part.start, corpus.tokens.sizes[part.start : part.stop], lambda: usable(corpus, part, packing))
-        self._maps = sample_maps(MapFiles(corpus.tokens.prefix, purpose, count, packing), documents)
+        self._maps = sample_maps(MapFiles(corpus.tokens.prefix, purpose, count, packing, origin_of(corpus, part)), documents)
 
     def __len__(self) -> int:
         return len(self._maps.order)
