@@ -132,7 +132,7 @@ def test_an_id_that_the_model_does_not_know_is_traced_to_its_sample(wrong: int) 
 def test_the_end_of_the_data_gets_a_sentence_only_when_it_is_reached() -> None:
     stream = Batches(Rows(([1, 2, 3], None), ([4, 5, 6], None)), vocab=10).stream(0, 1, ahead=4)
     assert [batch.tokens[0, 0].item() for batch in islice(stream, 2)] == [1, 4]
-    with pytest.raises(DataError, match=r"the data ends after 2 samples, but sample 2 was asked for \(rows, sample 0\); it was prepared for fewer steps"):
+    with pytest.raises(DataError, match=r"the data ends after 2 samples \(rows, sample 1\), but sample 2 was asked for; it was prepared for fewer steps"):
         next(stream)
 
 

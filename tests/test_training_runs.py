@@ -68,6 +68,16 @@ def test_a_training_that_was_stopped_goes_on_bit_by_bit(tmp_path: Path) -> None:
     assert losses(parts) == losses(whole)
 
 
+def test_a_training_goes_on_with_smaller_steps_over_samples_it_has_not_seen(tmp_path: Path) -> None:
+    config = write_training(tmp_path, load=str(tmp_path / "out"), train_micro_batch_size_per_gpu=4, train_batch_size=None)
+    assert trained(config, exit_interval=5) == [None]
+    assert trained(config, train_micro_batch_size_per_gpu=1) == [None]
+    assert trained(config, train_micro_batch_size_per_gpu=2, train_iters=8) == [None]
+    assert losses(tmp_path).keys() == set(range(1, 9))
+    state = json.loads((tmp_path / "out" / "global_step8" / "training.json").read_text())
+    assert state["samples"] == 5 * 4 + 1 * 1 + 2 * 2
+
+
 def test_fine_tuning_starts_from_the_weights_at_step_one(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "base").mkdir()
     trained(write_training(tmp_path / "base"))

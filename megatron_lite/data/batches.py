@@ -49,8 +49,8 @@ class Batches:
         numbers = sample_numbers(consumed, micro_batch, index=index, size=size)
         if numbers.stop > len(self._source):
             raise DataError(
-                f"the data ends after {len(self._source):,} samples, but sample {numbers.stop - 1:,} was asked for ({self._source.where(0)}); "
-                "it was prepared for fewer steps than are trained"
+                f"the data ends after {len(self._source):,} samples ({self._source.where(len(self._source) - 1)}), but sample {numbers.stop - 1:,} was "
+                "asked for; it was prepared for fewer steps than are trained"
             )
         rows = [self._source.row(number) for number in numbers]
         tokens = torch.from_numpy(np.stack([row.tokens for row in rows]))

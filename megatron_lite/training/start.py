@@ -59,6 +59,11 @@ class Training:
     def tied_head(self) -> int | None:
         return self.spec.head_number if self.spec.tied_head else None
 
+    @property
+    def samples(self) -> int:
+        """Samples that training sees from its very first step to its last; a step may have taken more of them before it was resumed than it takes now."""
+        return self.progress.samples + max(0, self.recipe.steps - self.progress.iteration) * self.recipe.batching.samples
+
     def batches(self, purpose: Purpose, samples: int) -> Batches | None:
         """The data for this purpose, enough for so many samples."""
         source = self.data.source(purpose, samples)

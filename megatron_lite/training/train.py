@@ -90,7 +90,7 @@ class Loop:
             interruption.close()
 
     def _batches(self) -> Iterator[TokenBatch]:
-        batches = self.training.batches("train", self.recipe.steps * self.recipe.batching.samples)
+        batches = self.training.batches("train", self.training.samples)
         if batches is None:
             raise DataError("there is no data to train on; set data_path, or train_data_paths")
         return self.watch.reading(stream(self.training, batches, self.progress.samples))

@@ -39,7 +39,7 @@ class Validator:
         """The loss of the first step's samples before anything is trained: of weights that were loaded it must be better than guessing, and what those who
         score tasks find."""
         training = self.training
-        batches = training.batches("train", training.recipe.steps * training.recipe.batching.samples)
+        batches = training.batches("train", training.samples)
         if batches is None or training.beginning != "weights of a checkpoint":
             return
         loss = self.engine.validate(stream(training, batches, training.progress.samples), training.recipe.batching.accumulation)
