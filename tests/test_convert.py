@@ -152,6 +152,35 @@ def test_a_checkpoint_is_not_converted_into_itself(tmp_path: Path, capsys: pytes
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("to", ["neox", "huggingface"])
+def test_a_checkpoint_of_another_model_is_not_converted(to: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny, config = (Path(__file__).parents[1] / each for each in ("checkpoints/tiny", "configs/tiny.yml"))
+    wide = tmp_path / "wide.yml"
+    wide.write_text(config.read_text().replace('"num_layers"', '"intermediate_size": 512,\n  "num_layers"'))
+    assert main([str(tiny), str(tmp_path / "new"), "--to", to, "--config", str(wide)]) == 2
+    assert "the configuration needs [512, 256]" in capsys.readouterr().err
+
+    folder = shutil.copytree(tiny, tmp_path / "long")
+    file = find_checkpoint(folder).layer_file(3, 1)
+    whole = torch.load(file)
+    torch.save({**whole, "attention.dense.weight": whole["attention.dense.weight"].repeat(1, 2)}, file)
+    assert main([str(folder), str(tmp_path / "new"), "--to", to, "--config", str(config)]) == 2
+    assert "attention.dense.weight is [256, 128] + [256, 256] in the file" in capsys.readouterr().err
+
+    torch.save({**whole, "attention.gate.weight": torch.zeros(2)}, file.with_name(file.name.replace("model_01", "model_00")))
+    torch.save({**whole, "attention.gate.weight": torch.zeros(2)}, file)
+    assert main([str(folder), str(tmp_path / "new"), "--to", to, "--config", str(config)]) == 2
+    assert "holds attention.gate.weight, which layer 3 of this model does not have" in capsys.readouterr().err
+    assert not any((tmp_path / "new").glob("*.json")), "nothing looks complete"
+    assert not (tmp_path / "new" / "latest").exists()
+
+
+def test_a_vocabulary_that_does_not_divide_is_padded(tmp_path: Path) -> None:
+    spec = replace(SMALL, vocab=161)
+    two = neox(write_random(tmp_path / "start", spec, tp=1), spec, tmp_path / "two", tp=2)
+    assert {torch.load(two.layer_file(0, part))["word_embeddings.weight"].shape[0] for part in (0, 1)} == {81}
+
+
 def test_the_tool_converts_the_bundled_model_and_verifies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = Path(__file__).parents[1]
     words = [str(root / "checkpoints" / "tiny"), str(tmp_path / "hf"), "--to", "huggingface", "--config", str(root / "configs" / "tiny.yml"), "--verify"]

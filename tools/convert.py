@@ -70,8 +70,8 @@ def convert(options: argparse.Namespace) -> None:
     dtype: torch.dtype = getattr(torch, options.dtype) if options.dtype else first
     tp = options.model_parallel_size if options.to == "neox" else 1
     adapters = read_adapters(options.lora, architecture, spec, source) if options.lora else None
-    model = Model(source, architecture, replace(spec, vocab=-(-rows // tp) * tp), adapters)
-    with progress("converting", parameters(model.spec) * dtype.itemsize) as advance:
+    model = Model(source, architecture, replace(spec, vocab=rows), adapters)
+    with progress("converting", parameters(replace(spec, vocab=-(-rows // tp) * tp)) * dtype.itemsize) as advance:
         if options.to == "neox":
             step = int(layout.tag.removeprefix("global_step")) if layout.tag.removeprefix("global_step").isdigit() else 0
             averaged = to_neox(model, options.target, tp=tp, step=step, dtype=dtype, progress=advance)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 from safetensors.torch import save_file
@@ -14,9 +13,10 @@ from torch import Tensor
 
 from megatron_lite.checkpoint.adapters import Adapters
 from megatron_lite.checkpoint.find import CheckpointLayout
+from megatron_lite.checkpoint.load import matched
 from megatron_lite.checkpoint.source import Source
 from megatron_lite.checkpoint.write import name_latest, write_layer
-from megatron_lite.errors import CheckpointError, OutputError
+from megatron_lite.errors import OutputError
 from megatron_lite.models.architecture import Architecture
 from megatron_lite.models.spec import ModelSpec
 from megatron_lite.parallel.adapter import merged_parts
@@ -29,7 +29,7 @@ Progress = Callable[[int], object]
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint to convert, and what it is. `adapters` are merged into it."""
+    """A checkpoint to convert, and what it is; spec.vocab are the stored rows of its embedding. `adapters` are merged into it."""
 
     source: Source
     architecture: Architecture
@@ -37,22 +37,19 @@ class Model:
     adapters: Adapters | None = None
 
     def layers(self) -> Iterator[tuple[int, dict[str, tuple[Rule, list[Tensor]]]]]:
-        """Number -> name -> how it is cut and its stored parts, for every layer that has weights of its own."""
+        """Number -> name -> how it is cut and its stored parts, for every layer that has weights of its own. Raises CheckpointError where the checkpoint is
+        none of this model."""
         plan = self.architecture.plan(self.spec, Axis("tp"))
         for number in stage_numbers(self.spec.layers, 1)[0]:
             if number == self.spec.head_number and self.spec.tied_head:
                 continue
             with torch.device("meta"):
                 layer = plan[number]()
-            shards, found = self.source.shards(number), {}
-            for path, _ in layer.named_parameters():
+            found: dict[str, tuple[Rule, list[Tensor]]] = {}
+            for path, (rule, stored, _) in matched(layer, number, self.source, 1).items():
                 module, _, name = path.rpartition(".")
-                if path not in shards:
-                    raise CheckpointError(f"{self.source.place(number)} lacks {path}; is it a checkpoint of this architecture?")
-                rule = cast(dict[str, Rule], layer.get_submodule(module).rules)[name]
                 pair = self.adapters.pairs.get((number, module)) if self.adapters and name == "weight" else None
-                parts = merged_parts(shards[path], rule, pair.a, pair.b.float() * pair.scale) if pair else list(shards[path])
-                found[path] = (rule, parts)
+                found[path] = (rule, merged_parts(stored, rule, pair.a, pair.b.float() * pair.scale) if pair else stored)
             yield number, found
 
 

@@ -98,20 +98,31 @@ def _allocate(layer: nn.Module, device: torch.device) -> None:
 def fill(layer: nn.Module, number: int, source: Source, tp: Axis, reader: Reader, progress: Progress) -> None:
     """Fills each parameter of the layer with what this rank's place in the cut asks for; what is large has arrived when the reader says so."""
     stored_number = 0 if number and hasattr(layer, "word_embeddings") else number  # a tied head lies in the embedding's file
-    shards = source.shards(stored_number)
-    wanted, mapped = dict(layer.named_parameters()), mappings()
-    if surplus := sorted(shards.keys() - wanted.keys()):
-        raise CheckpointError(
-            f"{source.place(stored_number)} holds {', '.join(surplus[:3])}, which layer {number} of this model does not have; is it of another architecture?"
-        )
-    for path, parameter in wanted.items():
+    found = matched(layer, stored_number, source, tp.size)
+    mapped = mappings()  # of the files that are now open
+    for path, (rule, stored, parameter) in found.items():
         module_name, _, name = path.rpartition(".")
-        rule = cast(dict[str, Rule], layer.get_submodule(module_name).rules)[name]
-        stored = _stored(shards, path, source, stored_number)
-        _check_shape(rule, stored, parameter, tp.size, f"{source.place(stored_number)}: {path}")
         if not _fetch(rule, stored, parameter, tp, reader, mapped, progress):
             _hold(layer.get_submodule(module_name), name, take(rule, stored, tp.index, tp.size))
             progress(parameter.nbytes)
+
+
+def matched(layer: nn.Module, number: int, source: Source, size: int) -> dict[str, tuple[Rule, list[Tensor], Tensor]]:
+    """Path -> how it is cut, what is stored of it, and the parameter, which belongs to one of `size` ranks: all that the layer has, and all that the layer
+    of this number in the source has. Raises CheckpointError for a missing, surplus or misshapen tensor."""
+    shards, wanted = source.shards(number), dict(layer.named_parameters())
+    if surplus := sorted(shards.keys() - wanted.keys()):
+        raise CheckpointError(
+            f"{source.place(number)} holds {', '.join(surplus[:3])}, which layer {number} of this model does not have; is it of another architecture?"
+        )
+    found: dict[str, tuple[Rule, list[Tensor], Tensor]] = {}
+    for path, parameter in wanted.items():
+        module_name, _, name = path.rpartition(".")
+        rule = cast(dict[str, Rule], layer.get_submodule(module_name).rules)[name]
+        stored = _stored(shards, path, source, number)
+        _check_shape(rule, stored, parameter, size, f"{source.place(number)}: {path}")
+        found[path] = (rule, stored, parameter)
+    return found
 
 
 def _fetch(rule: Rule, stored: list[Tensor], parameter: Tensor, tp: Axis, reader: Reader, mapped: list[Mapping], progress: Progress) -> bool:
