@@ -6,12 +6,14 @@ from typing import Any, cast
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from megatron_lite.checkpoint.find import CheckpointLayout, find_checkpoint
 from megatron_lite.checkpoint.load import load_layers, open_source, vocabulary_rows
 from megatron_lite.checkpoint.write import name_latest, step_folder, write_layer
 from megatron_lite.config.load import load_config
+from megatron_lite.errors import CheckpointError
 from megatron_lite.models.architecture import architecture_named
 from megatron_lite.models.memory import parameters
 from megatron_lite.models.spec import ModelSpec, spec_of
@@ -34,8 +36,8 @@ SPECS: dict[str, ModelSpec] = {
 LAYOUTS = [Layout(pp=pp, tp=tp) for pp, tp in ((1, 1), (1, 2), (1, 4), (2, 1), (2, 2))]
 
 
-def twin(spec: ModelSpec) -> nn.Module:
-    """The same model in transformers, with random weights."""
+def twin(spec: ModelSpec, **others: object) -> nn.Module:
+    """The same model in transformers, with random weights; `others` are settings of LLaMA's that no spec has."""
     import transformers
 
     torch.manual_seed(3)
@@ -46,7 +48,7 @@ def twin(spec: ModelSpec) -> nn.Module:
     else:
         settings = {"hidden_size": spec.hidden, "intermediate_size": spec.ffn, "num_hidden_layers": spec.layers, "num_attention_heads": spec.heads}
         more = {"num_key_value_heads": spec.kv_heads, "max_position_embeddings": spec.max_positions, "tie_word_embeddings": spec.tied_head}
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=spec.vocab, rms_norm_eps=spec.norm_eps, **settings, **more))
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=spec.vocab, rms_norm_eps=spec.norm_eps, **settings, **more, **others))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(1.0 if "norm" in name or ("ln_" in name and name.endswith("weight")) else 0.0, 0.12)
@@ -113,6 +115,27 @@ def test_every_family_agrees_with_transformers_at_every_cut(layout: Layout, save
             assert expected.std() > 0.3
             for where, answer in zip(places, found[name], strict=True):
                 torch.testing.assert_close(answer, expected, atol=1e-4, rtol=0, msg=lambda text, name=name, where=where: f"{name} from {where}: {text}")
+
+
+@pytest.mark.parametrize(("setting", "found"), [("attention_bias", "self_attn.k_proj.bias"), ("mlp_bias", "mlp.down_proj.bias")])
+def test_a_model_with_weights_that_nothing_here_uses_is_refused(setting: str, found: str, tmp_path: Path) -> None:
+    twin(LLAMA, **{setting: True}).save_pretrained(tmp_path)  # pyright: ignore[reportCallIssue]
+    with pytest.raises(CheckpointError, match=rf"holds model\.layers\.0\.{found}, .* and \d+ more, which the model of its configuration does not have"):
+        stage_of(find_checkpoint(tmp_path), LLAMA, single_mesh())
+
+
+@pytest.mark.parametrize("name", ["GPT-J", "LLaMA, tied head"])
+def test_what_older_versions_of_transformers_saved_beside_the_weights_is_passed_over(name: str, tmp_path: Path) -> None:
+    model = twin(SPECS[name])
+    model.save_pretrained(tmp_path)  # pyright: ignore[reportCallIssue]
+    expected = logits(stage_of(find_checkpoint(tmp_path), SPECS[name], single_mesh()), tokens(), 160)
+    weights = load_file(tmp_path / "model.safetensors")
+    kinds = ("attn.bias", "attn.masked_bias", "attn.embed_positions") if name == "GPT-J" else ("self_attn.rotary_emb.inv_freq",)
+    prefix = "transformer.h" if name == "GPT-J" else "model.layers"
+    buffers = {f"{prefix}.{layer}.{kind}": torch.ones(4) for layer in range(4) for kind in kinds}
+    head = {} if name == "GPT-J" else {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}
+    save_file(weights | buffers | head, tmp_path / "model.safetensors")
+    assert torch.equal(logits(stage_of(find_checkpoint(tmp_path), SPECS[name], single_mesh()), tokens(), 160), expected)
 
 
 @pytest.mark.parametrize("name", SPECS)

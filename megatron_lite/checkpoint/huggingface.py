@@ -1,5 +1,6 @@
 """The weights of Hugging Face folders: safetensors or .bin files, one or many with an index."""
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import cast
@@ -15,6 +16,10 @@ from megatron_lite.errors import CheckpointError
 from megatron_lite.models.architecture import Architecture
 from megatron_lite.models.spec import ModelSpec
 
+BUFFERS = re.compile(r"(attn|attention)\.(bias|masked_bias|embed_positions)$|\.(inv_freq|cos_cached|sin_cached)$")
+"""How names end that versions of transformers saved, and that every reader derives."""
+HEADS = {"lm_head.weight", "embed_out.weight"}
+
 
 class HuggingFaceFolder:
     """A Hugging Face checkpoint, read layer by layer under our names."""
@@ -26,6 +31,17 @@ class HuggingFaceFolder:
         self.names = architecture.huggingface(spec)
         check_config(self.folder, architecture, spec)
         self.files = _index(self.folder)
+        self._refuse_surplus(spec.tied_head)
+
+    def _refuse_surplus(self, tied: bool) -> None:
+        """A weight that is left out, such as the biases of some LLaMA-like models, would make another model of it."""
+        known = {name for made in self.names.values() for name in made.names} | (HEADS if tied else set())
+        surplus = sorted(name for name in self.files.keys() - known if not BUFFERS.search(name))
+        if surplus:
+            more = f" and {len(surplus) - 3} more" if len(surplus) > 3 else ""
+            raise CheckpointError(
+                f"{self.folder} holds {', '.join(surplus[:3])}{more}, which the model of its configuration does not have; is it of another architecture?"
+            )
 
     def shards(self, number: int) -> Shards:
         found: dict[str, list[Tensor]] = {}
