@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from megatron_lite.benchmark.bench import Bench, Numbers, random_stage, serving
-from megatron_lite.benchmark.clock import wait_quietly
 from megatron_lite.benchmark.decode import DecodeOptions, Span, measure_decoding, step_seconds
 from megatron_lite.benchmark.generate import GenerateOptions, Mixture, measure_generation
 from megatron_lite.benchmark.load import LoadOptions, measure_loading
@@ -19,6 +18,7 @@ from megatron_lite.config.load import load_config
 from megatron_lite.errors import ConfigError, FitError
 from megatron_lite.models.neox import ARCHITECTURE
 from megatron_lite.parallel.layout import Layout
+from megatron_lite.parallel.mailbox import wait_quietly
 from megatron_lite.parallel.mesh import Mesh, single_mesh
 from tests.models import SMALL, logits
 from tests.runs import write_run

@@ -2,13 +2,10 @@
 
 import time
 from collections.abc import Callable
-from itertools import count, pairwise
+from itertools import pairwise
 from statistics import median
 
 import torch
-import torch.distributed as dist
-
-from megatron_lite.parallel.mesh import Mesh
 
 
 class Marks:
@@ -67,20 +64,6 @@ def seconds_a_call(work: Callable[[int], object], device: torch.device, *, calls
         graph.replay()
         marks.mark()
     return median(marks.seconds()) / calls
-
-
-ROUNDS = count()
-
-
-def wait_quietly(mesh: Mesh) -> None:
-    """Until every rank is here. A rank that waits in a barrier of the library keeps its GPU busy, which another rank may be measuring; this one sleeps."""
-    if mesh.layout.size == 1:
-        return
-    store, name = dist.distributed_c10d._get_default_store(), f"benchmark/{next(ROUNDS)}"
-    if store.add(name, 1) == mesh.layout.size:
-        store.set(f"{name}/all", "here")
-    while not store.check([f"{name}/all"]):
-        time.sleep(0.02)
 
 
 def _wait(device: torch.device) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from megatron_lite.benchmark.bench import Numbers, precision, release
 from megatron_lite.benchmark.ceilings import CEILING, copy_rate
-from megatron_lite.benchmark.clock import seconds_of, wait_quietly
+from megatron_lite.benchmark.clock import seconds_of
 from megatron_lite.benchmark.disk import cached_share, direct_rate, drop
 from megatron_lite.benchmark.peer import BALANCED, NAME, PLANNED, import_transformers, loaded, manners
 from megatron_lite.benchmark.table import OURS, Row
@@ -20,6 +20,7 @@ from megatron_lite.config.sections import RunConfig
 from megatron_lite.errors import CheckpointError, ConfigError
 from megatron_lite.models.architecture import architecture_named
 from megatron_lite.models.spec import spec_of
+from megatron_lite.parallel.mailbox import wait_quietly
 from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.parallel.stage import Stage
 from megatron_lite.run import Run, load_stage

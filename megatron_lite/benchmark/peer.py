@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from megatron_lite.benchmark.bench import Bench, release
-from megatron_lite.benchmark.clock import Marks, seconds_of, wait_quietly
+from megatron_lite.benchmark.clock import Marks, seconds_of
 from megatron_lite.errors import ConfigError
 from megatron_lite.models.architecture import Architecture
 from megatron_lite.models.spec import ModelSpec
+from megatron_lite.parallel.mailbox import wait_quietly
 from megatron_lite.parallel.mesh import Mesh
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 
 from megatron_lite.inference.decoders import Completer
 from megatron_lite.inference.request import Completion, Request
-from megatron_lite.parallel.mailbox import Mailbox
+from megatron_lite.parallel.mailbox import Mailbox, wait_quietly
 from megatron_lite.parallel.mesh import Mesh
 
 
@@ -24,7 +24,7 @@ def complete_all(decoder: Completer, requests: Sequence[Request], mesh: Mesh) ->
             if mesh.tp.is_first and mesh.pp.is_first and not mesh.dp.is_first:
                 mailbox.post(str(completion.request.id), json.dumps(asdict(replace(completion, request=None))))
             yield completion
-    mesh.wait()  # whoever keeps the messages stays until they are read
+    wait_quietly(mesh)  # whoever keeps the messages stays until they are read
 
 
 def _collected(mine: Iterator[Completion], requests: Sequence[Request], mesh: Mesh, mailbox: Mailbox) -> Iterator[Completion]:
