@@ -19,11 +19,11 @@ def tidy(config: RunConfig, mesh: Mesh) -> None:
     """Clears up after a killed run, and keeps a new one from overwriting an old one."""
     key, load = ("lora_load", config.checkpoint.lora_load) if config.training.lora else ("load", config.checkpoint.load)
     save = config.checkpoint.save
-    if save is None or not save.is_dir():
+    if save is None:
         return
     if mesh.is_writer:
         recover(save)
-    mesh.wait()
+    mesh.wait()  # whether the folder is there: one that is quick may have made it before another looks
     steps = sorted(step for path in save.glob("global_step*") if (step := step_of(path)) is not None)
     same = load is not None and load.resolve() == save.resolve()
     if steps and (not same or config.checkpoint.finetune):
