@@ -1,6 +1,7 @@
 """Writes checkpoints in NeoX's layout: files appear whole or not at all, and `latest` names a step only when all of it is there."""
 
 import errno
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -42,7 +43,10 @@ def name_latest(folder: Path, tag: str) -> None:
     """Makes the step the one that is loaded by default."""
     partial = folder / "latest.partial"
     try:
-        partial.write_text(tag, encoding="utf-8")
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(tag)
+            file.flush()
+            os.fsync(file.fileno())  # else a name may be on the disk before its content is
         partial.replace(folder / "latest")
     except OSError as error:
         raise OutputError(f"{folder / 'latest'} cannot be written: {error.strerror}") from None
