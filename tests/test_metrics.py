@@ -42,6 +42,18 @@ def test_every_report_is_a_line_with_time_step_and_numbers_and_later_runs_add_to
     ]
 
 
+@pytest.mark.parametrize("whole", ["", '{"step": 1}\n', '{"step": 1}\n' * 9000])
+def test_a_line_that_a_killed_run_left_unfinished_is_taken_away(tmp_path: Path, whole: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for cut in ('{"step": 2, "train/lm_lo', '{"step": 2, "text": "' + "x" * 100_000, ""):
+        path.write_text(whole + cut)
+        metrics = JsonLines(path)
+        metrics.log({}, step=2)
+        metrics.close()
+        steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
+        assert steps == [1] * whole.count("\n") + [2]
+
+
 def test_tensorboard_shows_the_same_names_and_of_steps_that_were_taken_twice_the_later(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is not installed")
     board = tmp_path / "board"

@@ -1,6 +1,7 @@
 """Where numbers go: always to metrics.jsonl, and to Weights & Biases and TensorBoard where that is wanted. Others know only this interface."""
 
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -11,6 +12,7 @@ from megatron_lite.config.sections import LoggingSection
 from megatron_lite.errors import OutputError
 
 FILE = "metrics.jsonl"
+CHUNK = 1 << 16
 
 
 class Metrics(Protocol):
@@ -32,6 +34,7 @@ class JsonLines:
         self.path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            trim(path)
             self._file = path.open("a", encoding="utf-8")
         except OSError as error:
             raise OutputError(f"{path} cannot be written: {error.strerror}; let save (or else log_dir) name a folder that can be written") from None
@@ -50,6 +53,22 @@ class JsonLines:
     def close(self) -> None:
         with suppress(OSError):  # what could not be written has been told
             self._file.close()
+
+
+def trim(path: Path) -> None:
+    """Takes away the last line of a file if a killed run left it unfinished: what is appended to it would be lost with it."""
+    if not path.exists():
+        return
+    with path.open("r+b") as file:
+        end = size = file.seek(0, os.SEEK_END)
+        kept = 0
+        while end and not kept:
+            start = max(0, end - CHUNK)
+            file.seek(start)
+            found = file.read(end - start).rfind(b"\n")
+            kept, end = (start + found + 1 if found >= 0 else 0), start
+        if kept < size:
+            file.truncate(kept)
 
 
 class Several:

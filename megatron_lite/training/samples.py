@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megatron_lite.config.sections import RunConfig
 from megatron_lite.errors import OutputError
-from megatron_lite.metrics.metrics import Metrics
+from megatron_lite.metrics.metrics import Metrics, trim
 from megatron_lite.training.engine import Engine
 from megatron_lite.training.live import Complete, live_stage
 from megatron_lite.training.start import Training
@@ -30,6 +30,7 @@ class Sampler:
         if not self.training.mesh.is_writer:
             return
         try:
+            trim(self.path)
             with self.path.open("a", encoding="utf-8") as lines:
                 lines.writelines(json.dumps({"step": iteration, **record}, ensure_ascii=False) + "\n" for record in records)
         except OSError as error:
