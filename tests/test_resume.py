@@ -2,9 +2,12 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from torch import Tensor
 
 from megatron_lite.checkpoint.find import CheckpointLayout, find_checkpoint
@@ -16,9 +19,10 @@ from megatron_lite.parallel.layout import Layout, stage_numbers
 from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.training.engine import Engine, start_engine
 from megatron_lite.training.folders import recover
+from megatron_lite.training.manifest import Entry, write_entries
 from megatron_lite.training.recipe import OptimizerRecipe, Recipe
-from megatron_lite.training.resume import loss_scaler_of, optimizer_shards, read_progress, restore
-from megatron_lite.training.save import Progress, Retention, Saver
+from megatron_lite.training.resume import loss_scaler_of, optimizer_shards, read_progress, restore, restore_loss_scale
+from megatron_lite.training.save import Progress, Retention, Saver, WholeModel
 from megatron_lite.training.stage import TrainedStage, make_trainable
 from megatron_lite.training.state import state_names, updates
 from tests.models import SMALL, logits
@@ -173,6 +177,54 @@ def test_drafts_of_a_killed_run_are_finished_or_cleared_away(tmp_path: Path) -> 
     recover(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["global_step1", "global_step2", "latest"]
     assert (tmp_path / "latest").read_text() == "global_step2"
+
+
+@pytest.mark.parametrize("change", ["missing", "cut", "no manifest that can be read"])
+def test_a_draft_whose_files_are_not_those_of_its_manifest_is_cleared_away(tmp_path: Path, change: str) -> None:
+    draft = tmp_path / "global_step2.draft"
+    draft.mkdir()
+    (draft / "layer").write_bytes(b"half")
+    write_entries({"layer": Entry(4 if change.startswith("no") else 8, "0")}, draft / "manifest.json")
+    if change == "missing":
+        (draft / "layer").unlink()
+    if change.startswith("no"):
+        (draft / "manifest.json").write_text("{")
+    recover(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_whatever_ends_a_save_ends_the_training(tmp_path: Path) -> None:
+    class Broken(WholeModel):
+        def complete(self, draft: Path) -> list[Path]:
+            raise ValueError("no such thing")
+
+    def trained(mesh: Mesh) -> None:
+        engine = engine_for(SMALL, mesh, recipe_for(Layout()))
+        saver = Saver(tmp_path, mesh, Retention(None, ()), contents=Broken())
+        saver.save(engine, progress_of(engine, 1))
+        with pytest.raises(ValueError, match="no such thing"):
+            saver.wait()
+
+    forked(Layout(), trained)
+
+
+def _with_scaler(dtype: torch.dtype, scaler: object) -> Engine:
+    """What is asked of an engine about its loss scale; no CPU trains in fp16."""
+    optimizer = SimpleNamespace(loss_scaler=scaler)
+    return cast(Engine, SimpleNamespace(recipe=recipe_for(Layout(), dtype=dtype), deepspeed=SimpleNamespace(optimizer=optimizer)))
+
+
+def test_a_loss_scale_goes_on_in_fp16_and_comes_from_nowhere_else() -> None:
+    def dynamic(scale: int) -> DynamicLossScaler:
+        return DynamicLossScaler(scale, 1000, 1.0, 2, False, dtype=torch.float16)
+
+    half, other = _with_scaler(torch.float16, dynamic(4096)), _with_scaler(torch.bfloat16, LossScaler(1.0))
+    assert loss_scaler_of(other) == {}
+    for stored, expected in ((loss_scaler_of(other), 4096.0), ({"cur_scale": 1.0}, 4096.0), (loss_scaler_of(_with_scaler(torch.float16, dynamic(64))), 64.0)):
+        restore_loss_scale(half, stored)
+        assert half.deepspeed.optimizer.loss_scaler.cur_scale == expected
+    restore_loss_scale(other, loss_scaler_of(half))
+    assert other.deepspeed.optimizer.loss_scaler.cur_scale == 1.0
 
 
 def _damaged(folder: Path, change: str) -> str:

@@ -4,8 +4,8 @@ import shutil
 from pathlib import Path
 
 from megatron_lite.checkpoint.write import name_latest
-from megatron_lite.errors import OutputError
-from megatron_lite.training.manifest import NAME, check_sizes, sync
+from megatron_lite.errors import CheckpointError, OutputError
+from megatron_lite.training.manifest import check_sizes, sync
 
 DRAFT, REPLACED = ".draft", ".replaced"
 
@@ -19,7 +19,7 @@ def step_of(path: Path) -> int | None:
 def recover(folder: Path) -> None:
     """Finishes or clears away what a killed run left in its folder: drafts that were complete get their name, others go."""
     for draft in sorted(folder.glob(f"global_step*{DRAFT}")):
-        if (draft / NAME).exists() and check_sizes(draft):
+        if _is_whole(draft):
             final = draft.with_name(draft.name.removesuffix(DRAFT))
             put_in_place(draft, final)
             name_latest(folder, final.name)
@@ -27,6 +27,13 @@ def recover(folder: Path) -> None:
             shutil.rmtree(draft)
     for old in folder.glob(f"global_step*{REPLACED}"):
         shutil.rmtree(old)
+
+
+def _is_whole(draft: Path) -> bool:
+    try:
+        return bool(check_sizes(draft))
+    except CheckpointError:  # the machine went down before all of it was on the disk
+        return False
 
 
 def put_in_place(draft: Path, final: Path) -> None:

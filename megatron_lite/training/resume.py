@@ -1,8 +1,10 @@
 """Continues a training where a checkpoint of ours left it, at the same cut bit by bit, at another one with the same weights and optimizer state."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from megatron_lite.checkpoint.find import CheckpointLayout
@@ -37,8 +39,7 @@ def restore(engine: Engine, checkpoint: CheckpointLayout, progress: Progress) ->
             "keep the type, or set no_load_optim: true for a fresh state"
         )
     write_states(engine, optimizer_shards(checkpoint), names=list(progress.states), count=progress.updates)
-    if progress.loss_scaler:
-        vars(engine.deepspeed.optimizer.loss_scaler).update(progress.loss_scaler)
+    restore_loss_scale(engine, progress.loss_scaler)
 
 
 def optimizer_shards(checkpoint: CheckpointLayout) -> Shards:
@@ -67,8 +68,15 @@ def _states(path: Path) -> dict[str, dict[str, Tensor]]:
     return content
 
 
+def restore_loss_scale(engine: Engine, stored: Mapping[str, float]) -> None:
+    """Only where the scale was dynamic and is so now: another number format has a scale of 1, which is none to begin fp16 with."""
+    if stored.keys() == loss_scaler_of(engine).keys():
+        vars(engine.deepspeed.optimizer.loss_scaler).update(stored)
+
+
 def loss_scaler_of(engine: Engine) -> dict[str, float]:
-    """The dynamic loss scale and its counters, in fp16."""
-    names = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+    """The dynamic loss scale and its counters, in fp16; nothing in other number formats."""
     scaler = getattr(engine.deepspeed.optimizer, "loss_scaler", None)
-    return {name: getattr(scaler, name) for name in names if isinstance(getattr(scaler, name, None), int | float)}
+    if engine.recipe.dtype != torch.float16 or not hasattr(scaler, "cur_iter"):
+        return {}
+    return {name: getattr(scaler, name) for name in ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")}

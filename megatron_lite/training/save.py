@@ -14,7 +14,7 @@ from typing import Protocol
 
 from megatron_lite.checkpoint.find import CheckpointLayout
 from megatron_lite.checkpoint.write import name_latest, save
-from megatron_lite.errors import OutputError, UserError
+from megatron_lite.errors import OutputError
 from megatron_lite.log import logger
 from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.training.engine import Engine
@@ -86,9 +86,8 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
 
-    def save(self, engine: Engine, progress: Progress) -> float:
-        """Begins to save and returns the seconds for which training stood still. Every rank calls this."""
-        started = time.monotonic()
+    def save(self, engine: Engine, progress: Progress) -> None:
+        """Begins to save: training stands still until the host has a copy. Every rank calls this."""
         self.wait()
         final = self.folder / f"global_step{progress.iteration}"
         draft = final.with_name(final.name + DRAFT)
@@ -103,7 +102,6 @@ class Saver:
                 files[optimizer_file(layout, number, self.mesh.tp.index)] = states
         self._thread = threading.Thread(target=self._run, args=(files, draft, final, progress), name="save")
         self._thread.start()
-        return time.monotonic() - started
 
     def check(self) -> None:
         """Raises what has gone wrong in the meantime."""
@@ -130,10 +128,10 @@ class Saver:
             self._write(files, draft)
             if self.mesh.is_writer:
                 self._publish(draft, final, progress)
-        except UserError as error:
-            self._failure = error
         except OSError as error:
             self._failure = OutputError(f"the checkpoint {final} cannot be written: {error.strerror or error}; free some space or choose another folder")
+        except Exception as error:  # whatever it is: a thread that ends in silence would leave a training that never saves
+            self._failure = error
 
     def _write(self, files: Mapping[Path, object], draft: Path) -> None:
         """This rank's files, and last a list of them."""
