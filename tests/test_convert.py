@@ -1,6 +1,7 @@
 """Conversions there and back, to the bit where arithmetic allows, and bounded where it does not."""
 
 import shutil
+import signal
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -231,3 +232,19 @@ def test_layer_files_without_a_yaml_are_refused(tmp_path: Path, capsys: pytest.C
     write_random(tmp_path / "start", SMALL, tp=1)
     assert main([str(tmp_path / "start"), str(tmp_path / "hf"), "--to", "huggingface"]) == 2
     assert "give its YAML with --config" in capsys.readouterr().err
+
+
+def test_a_cut_into_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path), str(tmp_path / "new"), "--to", "neox", "--model-parallel-size", "0"])
+    assert "argument --model-parallel-size: invalid positive value: '0'" in capsys.readouterr().err
+
+
+def test_a_conversion_can_be_stopped_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny, config = (Path(__file__).parents[1] / each for each in ("checkpoints/tiny", "configs/tiny.yml"))
+    words = [str(tiny), str(tmp_path / "new"), "--to", "neox", "--config", str(config)]
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(torch, "save", lambda *_: signal.raise_signal(signal.SIGINT))
+        assert main(words) == 130
+    assert capsys.readouterr().err.endswith("stopped; a conversion that is not complete is called .partial, and the same command begins it anew\n")
+    assert main(words) == 0

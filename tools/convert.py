@@ -13,6 +13,7 @@ sys.path[:] = [*(folder for folder in sys.path if folder != ROOT), ROOT]  # last
 
 import torch  # noqa: E402
 
+from megatron_lite.benchmark.words import positive  # noqa: E402
 from megatron_lite.checkpoint.adapters import Adapters, read_adapters  # noqa: E402
 from megatron_lite.checkpoint.config_json import stated_spec  # noqa: E402
 from megatron_lite.checkpoint.convert import Model, to_huggingface, to_neox  # noqa: E402
@@ -21,6 +22,7 @@ from megatron_lite.checkpoint.load import load_layers, open_source, spec_as_stor
 from megatron_lite.config.load import load_config  # noqa: E402
 from megatron_lite.config.sections import RunConfig  # noqa: E402
 from megatron_lite.errors import ConfigError, UserError  # noqa: E402
+from megatron_lite.log import set_up_logging  # noqa: E402
 from megatron_lite.models.architecture import Architecture, architecture_named  # noqa: E402
 from megatron_lite.models.memory import parameters  # noqa: E402
 from megatron_lite.models.spec import BYTES, ModelSpec, spec_of  # noqa: E402
@@ -31,11 +33,15 @@ from megatron_lite.progress import progress  # noqa: E402
 
 def main(words: Sequence[str] | None = None) -> int:
     options = parse(words)
+    set_up_logging()
     try:
         convert(options)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; a conversion that is not complete is called .partial, and the same command begins it anew", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -47,7 +53,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("target", metavar="TO", type=Path, help="folder to write")
     parser.add_argument("--to", choices=("neox", "huggingface"), required=True)
     parser.add_argument("--config", type=Path, help="the model's YAML; a Hugging Face folder describes itself")
-    parser.add_argument("--model-parallel-size", type=int, default=1, help="cut of the layer files (default %(default)s)")
+    parser.add_argument("--model-parallel-size", type=positive, default=1, help="cut of the layer files (default %(default)s)")
     parser.add_argument("--dtype", choices=tuple(BYTES), help="number format to write (default: that of the folder's first block)")
     parser.add_argument("--iteration", type=int, help="step to read, instead of the one that `latest` names")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer JSON to put beside the weights (default: the YAML's vocab_file)")

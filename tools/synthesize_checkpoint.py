@@ -16,6 +16,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # last, because a top-level evaluate.py must not shadow the `evaluate` package
 
+from megatron_lite.benchmark.words import positive
 from megatron_lite.checkpoint.convert import Model, to_huggingface
 from megatron_lite.checkpoint.find import CheckpointLayout
 from megatron_lite.checkpoint.synthetic import SLIM_SHARDS, RandomWeights, SlimShard, layer_shapes, random_tensors, rank_state, slim_size, whole_size
@@ -83,13 +84,6 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=positive, default=min(8, multiprocessing.cpu_count()), help="files written at once (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="other numbers (default %(default)s)")
     return parser.parse_intermixed_args(words)
-
-
-def positive(word: str) -> int:
-    """A whole number of at least 1; argparse tells the user where it is none."""
-    if int(word) < 1:
-        raise ValueError
-    return int(word)
 
 
 def padded_vocabulary(config: RunConfig, tp: int) -> int:
