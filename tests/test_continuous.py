@@ -67,6 +67,12 @@ def test_rows_of_different_limits_and_rules_live_side_by_side(stage: Stage) -> N
     assert told(serve(stage, asked)) == told(complete(stage, asked, spec=SPEC))
 
 
+@pytest.mark.parametrize(("count", "groups"), [(2, 2), (3, 2), (21, 2), (9, 4)])
+def test_the_last_prompts_are_served_however_many_rows_there_are(stage: Stage, count: int, groups: int) -> None:
+    asked = requests(random_prompts(range(1, count + 1)), maximum_tokens=3)
+    assert told(serve(stage, asked, rows=64, groups=groups)) == told(complete(stage, asked, spec=SPEC))
+
+
 def test_few_pages_make_prompts_wait_and_change_nothing(stage: Stage) -> None:
     asked = requests(PROMPTS, maximum_tokens=25)
     assert told(serve(stage, asked, pages=4)) == told(complete(stage, asked, spec=SPEC))
@@ -158,6 +164,17 @@ def test_the_likeliest_token_is_found_without_gathering_logits(tmp_path: Path) -
     expected[1] = -1
     for ranks in (in_world(Layout(tp=2), run), [run(single_mesh())]):
         assert all(found == (expected, expected) for found in ranks)
+
+
+def test_ranks_whose_rows_only_pad_the_vocabulary_offer_nothing(tmp_path: Path) -> None:
+    saved = write_random(tmp_path, SPEC, tp=2)
+    whole = torch.randn(5, 520, generator=torch.Generator().manual_seed(4))
+
+    def run(mesh: Mesh) -> list[int]:
+        stepper = Stepper(load(saved, SPEC, mesh), SPEC, words=200, pages=2)
+        return stepper.likeliest(whole.chunk(mesh.tp.size, -1)[mesh.tp.index].contiguous()).tolist()
+
+    assert in_world(Layout(tp=4), run) == [whole[:, :200].argmax(-1).tolist()] * 4
 
 
 @pytest.mark.parametrize("layout", [Layout(dp=2), Layout(dp=2, tp=2), Layout(dp=3)], ids=str)

@@ -124,9 +124,9 @@ class ContinuousDecoder:
 
     def _admit(self, group: Group, waiting: deque[Served]) -> None:
         """Reads the prompts for which there is room, if they are worth a pass. Where there are few, every group gets some."""
-        here = min(self.most, len(group.rows) + -(-len(waiting) // len(self.groups)))
-        room = here - len(group.rows)
-        if room < min(len(waiting), max(1, self.most // 8)):
+        share = -(-len(waiting) // len(self.groups))
+        room = min(self.most - len(group.rows), share)
+        if room < min(share, max(1, self.most // 8)):
             return
         coming: list[Served] = []
         tokens = pages = 0

@@ -150,6 +150,8 @@ class Stepper:
         tp, width = self.mesh.tp, logits.shape[-1]
         first = tp.index * width
         best, place = logits[:, : max(1, min(width, self.words - first))].float().max(-1)
+        if first >= self.words:  # rows that only pad the vocabulary: every other offer is better, and their sum a number
+            best = torch.full_like(best, torch.finfo(torch.float32).min / tp.size)
         if tp.size > 1:
             offers = self.gathered(torch.stack([best, (place + first).float()], -1))  # an id is exact in fp32
             winner = offers[..., 0].argmax(0, keepdim=True)
