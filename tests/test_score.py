@@ -119,6 +119,16 @@ def test_no_requests_have_no_scores_and_fewer_than_replicas_are_scored_too(tmp_p
         assert_same(found, expected)
 
 
+def test_ranks_with_unlike_memory_agree_on_the_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = write_random(tmp_path, SMALL, tp=2)
+
+    def budgets(mesh: Mesh) -> int:
+        monkeypatch.setattr(scoring, "tokens_at_once", lambda spec, tp, device: 300 - 10 * mesh.rank)
+        return Scorer(load(saved, SMALL, mesh), SMALL, words=157).tokens
+
+    assert in_world(Layout(dp=2, tp=2), budgets) == [270] * 4
+
+
 def test_few_logits_at_a_time_give_the_same_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layout, requests = write_random(tmp_path, SMALL, tp=2), some_requests()
     [at_once] = score(layout, requests)

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal, Protocol
 
-import torch
-
 from megatron_lite.errors import FitError
 from megatron_lite.inference.continuous import ContinuousDecoder
 from megatron_lite.inference.decode import Decoder
@@ -15,7 +13,7 @@ from megatron_lite.inference.request import Codec, Completion, Request
 from megatron_lite.inference.rows import Watch
 from megatron_lite.models.memory import generation_footprint
 from megatron_lite.models.spec import ModelSpec
-from megatron_lite.parallel.budget import free_memory
+from megatron_lite.parallel.budget import free_memory, least
 from megatron_lite.parallel.stage import Stage
 from megatron_lite.run import Run
 
@@ -80,7 +78,7 @@ def continuous_decoder(stage: Stage, spec: ModelSpec, tokenizer: Codec, load: Lo
     rows = min(load.rows or MOST_ROWS, SIZES[-1] * groups)
     pages = min(1 + rows * pages_for(longest), _pages_that_fit(stage, spec, longest))
     stepper = CapturedStepper(stage, spec, words=tokenizer.vocab_size, pages=pages)
-    tokens = max(longest, min(MOST_TOKENS, _least(stage, free_memory(stage.mesh.device) // 2 * longest // _reading(stage, spec, longest))))
+    tokens = max(longest, min(MOST_TOKENS, least(stage.mesh, free_memory(stage.mesh.device) // 2 * longest // _reading(stage, spec, longest))))
     return ContinuousDecoder(stepper, tokenizer, context=load.context, rows=rows, tokens=tokens, groups=groups)
 
 
@@ -89,7 +87,7 @@ def _pages_that_fit(stage: Stage, spec: ModelSpec, longest: int) -> int:
     mesh = stage.mesh
     free = free_memory(mesh.device)
     beside = max(int(free * LEFT_FREE), _reading(stage, spec, longest))
-    pages = _least(stage, max(0, free - beside) // page_bytes(spec, blocks=sum(map(spec.is_block, stage.layers)), tp=mesh.tp.size))
+    pages = least(mesh, max(0, free - beside) // page_bytes(spec, blocks=sum(map(spec.is_block, stage.layers)), tp=mesh.tp.size))
     if pages < pages_for(1) + 1:
         raise FitError(f"beside the weights {free / 1e9:.1f} GB of {mesh.device} are free, too little for a cache; spread the model over more GPUs")
     return pages
@@ -99,11 +97,3 @@ def _reading(stage: Stage, spec: ModelSpec, tokens: int) -> int:
     """Bytes that reading so many tokens takes for a moment, as the plan of a run reckons them."""
     footprint = generation_footprint(spec, stage.mesh.layout, stage.mesh.pp.index, rows=1, context=tokens)
     return footprint.activations + footprint.buffers
-
-
-def _least(stage: Stage, count: int) -> int:
-    """The same on every rank of a replica: what the fullest GPU has room for."""
-    mesh = stage.mesh
-    for axis in (mesh.tp, mesh.pp):
-        count = int(axis.minimum(torch.tensor(float(count), device=mesh.device)))
-    return count

@@ -10,7 +10,7 @@ from megatron_lite.errors import DataError
 from megatron_lite.inference.packing import KEYS_PER_TOKEN, Packed, TokenRequest, deal, inputs_of, pack
 from megatron_lite.inference.segments import segmented, to_device
 from megatron_lite.models.spec import BYTES, ModelSpec
-from megatron_lite.parallel.budget import free_memory
+from megatron_lite.parallel.budget import free_memory, least
 from megatron_lite.parallel.probability import word_scores
 from megatron_lite.parallel.stage import Stage
 
@@ -39,7 +39,8 @@ class Scorer:
         self.stage = stage
         self.spec = spec
         self.words = words
-        self.tokens = tokens or tokens_at_once(spec, stage.mesh.tp.size, stage.mesh.device)
+        # agreed on by all: each deals out the same batches, and takes its own
+        self.tokens = tokens or least(stage.mesh, tokens_at_once(spec, stage.mesh.tp.size, stage.mesh.device), of_all=True)
 
     @torch.inference_mode()
     def score(self, requests: Sequence[TokenRequest], progress: Progress = lambda count: None) -> list[Score]:

@@ -2,6 +2,8 @@
 
 import torch
 
+from megatron_lite.parallel.mesh import Mesh
+
 CUDA_ITSELF = 2**30
 """Bytes that a process takes before it holds a tensor, and that the allocator does not count: the plan reckons with the same."""
 
@@ -19,3 +21,10 @@ def free_memory(device: torch.device) -> int:
     stated = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # older versions of torch cannot tell, and then nothing was limited here
     budget = int((stated(device) if stated else 1.0) * whole)
     return max(0, min(free, budget - torch.cuda.memory_reserved(device)))
+
+
+def least(mesh: Mesh, count: int, *, of_all: bool = False) -> int:
+    """The same on every rank of a replica, or of all of them: what the fullest GPU has room for. All those ranks call it together."""
+    for axis in (mesh.tp, mesh.pp, *([mesh.dp] if of_all else [])):
+        count = int(axis.minimum(torch.tensor(float(count), device=mesh.device)))
+    return count
