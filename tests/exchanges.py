@@ -54,7 +54,8 @@ def offers(index: int, turn: int, rows: int) -> Tensor:
 
 
 def rank(index: int, box: Tensor, addresses: Tensor, capacity: int, dtype: torch.dtype, size: float, answers: Tensor, offered: Tensor) -> None:
-    peers = Peers(index, RANKS, capacity, addresses, torch.zeros(ROWS + 1, dtype=torch.int32), box)
+    turns = torch.full((ROWS + 1,), 0 if size < 100 else 2**31 - 4, dtype=torch.int32)  # before the count begins anew
+    peers = Peers(index, RANKS, capacity, addresses, turns, box)
     for turn in range(6):
         rows = 1 + turn % ROWS
         terms, bias = shares(index, turn, rows, size)

@@ -54,7 +54,11 @@ def projections() -> None:
     for rows in (1, 5, 17):
         x, (one, two), (bias, other) = torch.randn(3, rows, 96), (torch.randn(128, 96), torch.randn(160, 96)), (torch.randn(128), torch.randn(160))
         heads, inner = torch.empty(rows, 128), torch.empty(rows, 160)
-        project(x, (one, two), (bias, other), (heads, inner), Projection((2, 1), 2, "gelu_tanh"), tiles=Tiles(32, 64))
+        # of the second tiles one would read the states of both copies
+        for tiles in (Tiles(32, 64), Tiles(128, 64)):
+            heads.fill_(torch.nan)
+            project(x, (one, two), (bias, other), (heads, inner), Projection((2, 1), 2, "gelu_tanh"), tiles=tiles)
+            near(heads[:, 64:], F.linear(x[1], one[64:], bias[64:]), atol=1e-4, rtol=0)
         near(heads, torch.cat([F.linear(x[0], one[:64], bias[:64]), F.linear(x[1], one[64:], bias[64:])], -1), atol=1e-4, rtol=0)
         near(inner, F.gelu(F.linear(x[2], two, other), approximate="tanh"), atol=1e-4, rtol=0)
         project(x[2:], (one, two), (None, None), (heads, inner), Projection(activation="gelu"), tiles=Tiles(32, 64))

@@ -77,7 +77,8 @@ class CapturedStepper(Stepper):
             self.graphs.inputs[key] = x.new_zeros(size, *x.shape[1:])
         place = self.graphs.inputs[key]
         place[:rows] = x
-        return self.graphs.replay(key, lambda: self._rows(slots, size, place), lambda out: out)[:rows]
+        out = self.graphs.replay(key, lambda: self._rows(slots, size, place), lambda out: out)[:rows]
+        return out if self.mesh.pp.is_last else out.clone()  # another group's graph may use this memory before it is sent
 
     def through_prompts(self, x: Tensor, pasts: Mapping[int, FilledPast], last: Tensor) -> Tensor:
         return self.readings.read(x, pasts, last) if self.mesh.pp.size == 1 else self._read(x, pasts, last)

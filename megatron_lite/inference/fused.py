@@ -75,6 +75,9 @@ class FusedBlock:
         else:
             return None
         attention, mlp = block.attention, block.mlp
+        columns_of = zip((attention.query_key_value.weight, mlp.dense_h_to_4h.weight), norms.copies, strict=True)
+        if any(len(weight) % (16 * count) for weight, count in columns_of if count > 1):
+            return None  # no tile ends where the columns of a norm's copy do
         biases = [bias.detach().float() for bias in (attention.dense.bias, mlp.dense_4h_to_h.bias) if bias is not None]
         bias = torch.stack(biases).sum(0) if biases else None
         return cls(

@@ -1,6 +1,8 @@
 """Memory that the GPUs of one axis write into each other's, without a library call between them."""
 
+import socket
 from dataclasses import dataclass
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -29,7 +31,7 @@ def connect(axis: Axis, *, capacity: int, programs: int, device: torch.device) -
         return None
     reaches = all(torch.cuda.can_device_access_peer(device, other) for other in range(torch.cuda.device_count()) if other != device.index)
     alike = torch.tensor(float(reaches), device=device)
-    if axis.minimum(alike) < 1:
+    if axis.minimum(alike) < 1 or not are_seen(axis, device):
         return None
     import torch.distributed._symmetric_memory as symmetric
 
@@ -39,3 +41,10 @@ def connect(axis: Axis, *, capacity: int, programs: int, device: torch.device) -
     torch.cuda.synchronize()
     axis.maximum(alike)  # no rank writes before all have cleared their memory
     return Peers(axis.index, axis.size, capacity, boxes, torch.zeros(programs, dtype=torch.int32, device=device), memory)
+
+
+def are_seen(axis: Axis, device: torch.device) -> bool:
+    """Whether all ranks of the axis are on this host, and each sees the GPUs of all: not so where every process was given one GPU, which it calls 0."""
+    mine = torch.tensor([crc32(socket.gethostname().encode()), device.index or 0], device=device)
+    hosts, numbers = axis.gather(mine).unflatten(-1, (-1, 2)).unbind(-1)
+    return len(hosts.unique()) == 1 and len(numbers.unique()) == axis.size

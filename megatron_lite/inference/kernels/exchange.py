@@ -20,6 +20,9 @@ OFFERED = 2
 PATIENCE = 1 << 18
 """Looks at what a peer should have sent, where it may be that nothing ever comes."""
 
+LAST_TURN = tl.constexpr(0x7FFFFFFF)
+"""Turns are counted from 0 again behind it: a packet holds them as they are."""
+
 
 def packets(rows: int, width: int) -> int:
     """Room for a sum over rows, at worst a packet for every number, and for a gathering."""
@@ -120,7 +123,7 @@ def _sum_and_norm(
         low += tl.load(terms + term * rows * width + low_place, inside, 0.0).to(tl.float32)
         high += tl.load(terms + term * rows * width + high_place, inside, 0.0).to(tl.float32)
     low_share, high_share = low.to(kind), high.to(kind)
-    turn = tl.load(turns + row) + 1
+    turn = (tl.load(turns + row) + 1) & LAST_TURN
     at = low_place  # a row has its place in the box whatever other rows there are: its turns are counted on their own
     _send(_pack(low_share, high_share, NARROW), boxes, at, inside, turn, SIZE, RANK, CAPACITY)
     if not NARROW:
@@ -165,7 +168,7 @@ def _gather(
     place = tl.arange(0, BLOCK)
     inside = place < count
     mine = tl.load(offers + place, inside, 0.0)
-    turn = tl.load(turns + counter) + 1
+    turn = (tl.load(turns + counter) + 1) & LAST_TURN
     _send(mine.to(tl.int32, bitcast=True), boxes, first + place, inside, turn, SIZE, RANK, CAPACITY)
     for peer in tl.static_range(SIZE):
         if peer == RANK:

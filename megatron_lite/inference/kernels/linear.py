@@ -72,6 +72,14 @@ def _tiles(rows: int, weight: Tensor, *, outputs: int = 0) -> Tiles:
     return fitting(tiles_for(rows, weight, outputs=outputs), rows, weight, room=shared_memory(), is_hopper=is_hopper())
 
 
+def within(tiles: Tiles, *counts: int) -> Tiles:
+    """Tiles that end where each of these numbers of outputs ends: one reads the states of one norm copy only."""
+    outputs = tiles.outputs
+    while outputs > 16 and any(count % outputs for count in counts):
+        outputs //= 2
+    return replace(tiles, outputs=outputs)
+
+
 @dataclass(frozen=True)
 class Projection:
     """What belongs to a pair of products: the number of norm copies that each reads, the first copy of the second product, its activation."""
@@ -95,11 +103,12 @@ def project(
     weights in int8."""
     rows, width = x.shape[1:]
     first, second = weights
-    tiles = tiles or _tiles(rows, first, outputs=len(first) + len(second))
+    each = len(first) // plan.copies[0], len(second) // plan.copies[1]
+    tiles = within(tiles or _tiles(rows, first, outputs=len(first) + len(second)), *each if max(plan.copies) > 1 else ())
     blocks = triton.cdiv(len(first), tiles.outputs) + triton.cdiv(len(second), tiles.outputs)
     _project[(blocks,)](
         x, first, x if biases[0] is None else biases[0], outs[0], second, x if biases[1] is None else biases[1], outs[1], *(scales or weights),
-        rows, len(first), len(second), len(first) // plan.copies[0], len(second) // plan.copies[1], plan.second,
+        rows, len(first), len(second), *each, plan.second,
         WIDTH=width, BIASED=biases[0] is not None, BIASED_TOO=biases[1] is not None, SCALED=scales is not None, ACTIVATION=plan.activation,
         EVEN=not (width % tiles.inputs or len(first) % tiles.outputs or len(second) % tiles.outputs),
         ROWS=_padded(rows), OUTPUTS=tiles.outputs, INPUTS=tiles.inputs, ACROSS=tiles.across, COMPILED=is_compiled(),
