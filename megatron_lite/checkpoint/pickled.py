@@ -18,12 +18,14 @@ NUMPY: list[object] = [
     *(type(np.dtype(name)) for name in ("bool", "uint8", "int32", "uint32", "int64", "uint64", "float32", "float64")),
 ]
 
+# once, not around every file: several threads open files
+torch.serialization.add_safe_globals(NUMPY)  # pyright: ignore[reportArgumentType]
+
 
 def open_pickled(path: Path) -> object:
     """The content of a file written by torch.save, its tensors memory-mapped. Raises CheckpointError for a missing, damaged or untrusted file."""
     try:
-        with torch.serialization.safe_globals(NUMPY):  # pyright: ignore[reportArgumentType]
-            return _load(path)
+        return _load(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; fetch it again") from None
     except IsADirectoryError:

@@ -115,10 +115,11 @@ def likeness(run: Run) -> Stage:
 
 def _separate(layer: nn.Module, run: Run, number: int, tp: Axis) -> None:
     """Norms have as many copies as the checkpoint keeps apart."""
+    shards = run.source.shards(number)
     for path, norm in layer.named_modules():
         if isinstance(norm, LayerNorm):
             for kind, parameter in list(norm.named_parameters()):
-                found = take(norm.rules[kind], run.source.shards(number)[f"{path}.{kind}"], tp.index, tp.size)
+                found = take(norm.rules[kind], shards[f"{path}.{kind}"], tp.index, tp.size)
                 norm.register_parameter(kind, nn.Parameter(parameter.new_empty(found.shape), requires_grad=False))
 
 
