@@ -16,12 +16,15 @@ from megatron_lite.benchmark.generate import GenerateOptions, Mixture, measure_g
 from megatron_lite.benchmark.load import LoadOptions, measure_loading
 from megatron_lite.config.load import load_config
 from megatron_lite.errors import ConfigError, FitError
+from megatron_lite.models.architecture import architecture_named
 from megatron_lite.models.neox import ARCHITECTURE
+from megatron_lite.models.spec import ModelSpec
 from megatron_lite.parallel.layout import Layout
 from megatron_lite.parallel.mailbox import wait_quietly
 from megatron_lite.parallel.mesh import Mesh, single_mesh
 from tests.models import SMALL, logits
 from tests.runs import write_run
+from tests.test_families import GPTJ, LLAMA
 from tests.worlds import in_world
 from tools.benchmark import main
 
@@ -183,6 +186,17 @@ def test_replicas_share_the_prompts() -> None:
     tokens = sum(request.sampling.maximum_tokens for request in options.mixture.requests(SMALL.vocab - 1))
     for rows in in_world(Layout(dp=2), lambda mesh: list(measure_generation(bench(mesh), options))):
         assert (rows[-1].rate or 0) * (rows[-1].seconds or 0) == pytest.approx(tokens)
+
+
+@pytest.mark.parametrize("spec", [SMALL, GPTJ, LLAMA], ids=lambda spec: spec.family)
+def test_norms_of_random_weights_are_neutral_and_all_else_is_drawn(spec: ModelSpec) -> None:
+    stage = random_stage(architecture_named(spec.family), spec, single_mesh())
+    parameters = {f"{number} {name}": parameter for number, layer in stage.layers.items() for name, parameter in layer.named_parameters()}
+    norms = {name for name in parameters if "norm" in name}
+    assert {name.rpartition(".")[2]: set(parameters[name].unique().tolist()) for name in norms} == (
+        {"scale": {1.0}} if spec.family == "llama" else {"weight": {1.0}, "bias": {0.0}}
+    )
+    assert all(0.5 < parameters[name].std() / (2 / (5 * spec.hidden)) ** 0.5 < 1.5 for name in parameters.keys() - norms)
 
 
 def test_random_weights_give_finite_logits_and_never_the_last_row_of_the_vocabulary() -> None:

@@ -131,8 +131,8 @@ def random_stage(architecture: Architecture, spec: ModelSpec, mesh: Mesh) -> Sta
             layer = plan[number]().to(dtype).requires_grad_(False)
         layer.to_empty(device=mesh.device)
         for name, parameter in layer.named_parameters():
-            if "norm" in name and name.endswith("weight"):
-                parameter.fill_(1)
+            if "norm" in name:
+                parameter.fill_(0 if name.endswith("bias") else 1)
             else:
                 parameter.normal_(std=(2 / (5 * spec.hidden)) ** 0.5, generator=generator)
         if spec.quantization:
