@@ -37,4 +37,4 @@ class OutputError(UserError):
 
 
 class TrainingError(UserError):
-    """A training does not get on: its numbers are no longer finite."""
+    """A training cannot go on: its numbers are no longer finite, a process hangs, or its loss is not that of scoring."""

@@ -27,7 +27,7 @@ def page_bytes(spec: ModelSpec, *, blocks: int, tp: int) -> int:
 
 
 class FreePages:
-    """Which pages nobody holds. Page 0 is never given out: rows that have ended write there."""
+    """Which pages nobody holds. Page 0 is never given out: slots without a row write there, and the filler of captured readings."""
 
     def __init__(self, count: int) -> None:
         self.count = count

@@ -11,7 +11,7 @@ from megatron_lite.parallel.mesh import Axis
 def word_scores(logits: Tensor, targets: Tensor, *, words: int, tp: Axis) -> Tensor:
     """[n 2] in fp32, the same on every rank: the log-probability of each target [n], and 1 where it is the likeliest word, else 0.
 
-    `logits` [n v] are this rank's part, and are overwritten. Rows from `words` on only pad the vocabulary: no probability is theirs.
+    `logits` [n v] are this rank's part; those in fp32 are overwritten. Rows from `words` on only pad the vocabulary: no probability is theirs.
     """
     rows = logits.shape[-1]
     offset = tp.index * rows
