@@ -2,6 +2,8 @@
 
 import logging
 import os
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from signal import Signals
 from typing import cast
@@ -15,6 +17,7 @@ from torch.distributed.elastic.multiprocessing.subprocess_handler import Subproc
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
+from launcher.ends import failures, is_stopped
 from launcher.failure import error_file, log_file
 from launcher.job import LITTLE_GRACE, Job
 from launcher.worker import LOG
@@ -45,16 +48,22 @@ class LogFiles(LogsSpecs):
 
 
 class Agent(LocalElasticAgent):
-    """Ends all processes when one fails. `ends` then holds the exit codes of those that had failed before it ended the others."""
+    """Ends all processes when one fails. `ends` then holds the exit codes of those that had failed before it ended the others.
 
-    ends: dict[int, int]
+    One that was asked to stop and has saved (75) ends all too, but the others have their time: they saved with it, and may have metrics to hand in.
+    """
+
+    ends: Mapping[int, int]
     grace: float  # seconds a process has between SIGTERM and SIGKILL
 
     # elastic declares this method for its subclasses, but hides its type behind a decorator
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:  # pyright: ignore[reportIncompatibleVariableOverride]
-        self.ends = {worker.global_rank: code for worker in worker_group.workers if (code := _exit_code(worker.id))}
-        if self.ends:
+        ends = {worker.global_rank: code for worker in worker_group.workers if (code := _exit_code(worker.id))}
+        failed = {rank: code for rank, code in ends.items() if code != INTERRUPTED}
+        self.ends = failed or ends
+        if failed:
             self.grace = LITTLE_GRACE
+        if ends:
             self._shutdown()
         result = super()._monitor_workers(worker_group)  # pyright: ignore[reportCallIssue]
         if not self.ends:  # one may have ended between our look and elastic's
@@ -62,19 +71,44 @@ class Agent(LocalElasticAgent):
         return result
 
     def _shutdown(self, death_sig: Signals = Signals.SIGTERM, *rest: object, **more: object) -> None:
-        if self._pcontext:  # elastic itself would wait 30 s for a process that does not listen
-            self._pcontext.close(death_sig, int(self.grace))
-        super()._shutdown(death_sig)
+        for handler in self._handlers():
+            if handler.proc.poll() is None:
+                handler.close(death_sig)
+        self._wait()
+        super()._shutdown(Signals.SIGKILL)  # elastic itself would wait 30 s for a process that does not listen
 
-    def interrupted(self) -> dict[int, int]:
-        """The exit codes of processes that were asked to stop, if all have done so in order; else nothing."""
-        group = self._worker_group.workers
-        codes = {worker.global_rank: handler.proc.poll() for worker, handler in zip(group, self._handlers(), strict=True)}
-        return dict.fromkeys(codes, INTERRUPTED) if set(codes.values()) == {INTERRUPTED} else {}
+    def _wait(self) -> None:
+        """Until all have ended or had their time, which is little once one has ended without a save: the others may wait for it for ever."""
+        until, is_hurried = time.monotonic() + self.grace, False
+        while True:
+            codes, now = self._codes(), time.monotonic()
+            failed = failures(codes)
+            if failed and set(self.ends.values()) <= {INTERRUPTED}:
+                self.ends = failed
+            if not is_hurried and (failed or is_stopped(codes)):
+                until, is_hurried = min(until, now + LITTLE_GRACE), True
+            if None not in codes.values() or now >= until:
+                return
+            time.sleep(WATCH)
+
+    def outcome(self, received: Signals) -> Mapping[int, int] | Signals:
+        """What became of processes that were asked to stop: what failed, else 75 where they have saved, nothing where they were done, else the signal."""
+        codes = self._codes()
+        if self.ends:
+            return self.ends
+        if INTERRUPTED in codes.values():
+            return dict.fromkeys(codes, INTERRUPTED)
+        return {} if set(codes.values()) == {0} else received
+
+    def _codes(self) -> dict[int, int | None]:
+        """The exit code of every rank here, None while it runs."""
+        ranks = [worker.global_rank for worker in self._worker_group.workers]
+        return {rank: handler.proc.poll() for rank, handler in zip(ranks, self._handlers(), strict=False)}
 
     def _handlers(self) -> list[SubprocessHandler]:
-        context = cast(SubprocessContext, self._pcontext)
-        return [context.subprocess_handlers[local] for local in sorted(context.subprocess_handlers)]
+        """None while processes are being started."""
+        handlers = cast(SubprocessContext, self._pcontext).subprocess_handlers if self._pcontext else {}
+        return [handlers[local] for local in sorted(handlers)]
 
 
 def _exit_code(pid: int) -> int:
@@ -88,7 +122,7 @@ def _exit_code(pid: int) -> int:
     return end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
 
 
-def run_agent(job: Job, entrypoint: str, words: list[str]) -> dict[int, int] | Signals:
+def run_agent(job: Job, entrypoint: str, words: list[str]) -> Mapping[int, int] | Signals:
     """Runs a job's processes on this host. Returns the exit codes of those that failed first, or the signal that ended it all."""
     silent = logging.getLogger("torch.distributed.elastic")
     silent.addHandler(logging.NullHandler())
@@ -103,11 +137,12 @@ def run_agent(job: Job, entrypoint: str, words: list[str]) -> dict[int, int] | S
         monitor_interval=WATCH,
     )
     agent = Agent(spec, LogFiles(job.logs))
-    agent.grace = job.grace
+    agent.grace, agent.ends = job.grace, {}
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(job.signals)
     try:
         agent.run()
     except SignalException as received:
-        return agent.interrupted() or received.sigval
+        return agent.outcome(received.sigval)
     except DistError as error:
         if job.meeting is None:
             raise

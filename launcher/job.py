@@ -19,6 +19,8 @@ class Meeting:
 GRACE = {"train": 600.0}
 """Seconds that the processes of a script have between SIGTERM and SIGKILL: a training saves first."""
 LITTLE_GRACE = 4.0
+SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
+SIGNALS_OF_SAVERS = ("SIGUSR1",)  # how schedulers tell that the time is nearly over
 
 
 @dataclass(frozen=True)
@@ -36,3 +38,8 @@ class Job:
     @property
     def grace(self) -> float:
         return GRACE.get(self.name, LITTLE_GRACE)
+
+    @property
+    def signals(self) -> tuple[str, ...]:
+        """The names of the signals that end it."""
+        return (*SIGNALS, *SIGNALS_OF_SAVERS) if self.name in GRACE else SIGNALS

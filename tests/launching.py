@@ -109,7 +109,7 @@ def alive(pid: int) -> bool:
 
 
 class Launch(Protocol):
-    def __call__(self, body: str, processes: int = 2, *words: str, head: str = "", terminal: bool = False) -> Launcher: ...
+    def __call__(self, body: str, processes: int = 2, *words: str, head: str = "", terminal: bool = False, name: str = "generate") -> Launcher: ...
 
 
 @contextmanager
@@ -117,13 +117,13 @@ def launchers(folder: Path) -> Iterator[Launch]:
     """Starts a launcher of a script with this body of main on so many processes; ends what is left of it afterwards."""
     started: list[Launcher] = []
 
-    def start(body: str, processes: int = 2, *words: str, head: str = "", terminal: bool = False) -> Launcher:
+    def start(body: str, processes: int = 2, *words: str, head: str = "", terminal: bool = False, name: str = "generate") -> Launcher:
         script = folder / "script.py"
         script.write_text(SCRIPT.format(root=str(ROOT), head=head, body="\n".join("    " + line for line in body.splitlines())))
         (folder / "c.yml").touch()
         pid, fd = pty.fork() if terminal else (os.fork(), None)
         if pid == 0:
-            run(script, processes, words, folder, terminal)
+            run(script, processes, words, folder, terminal, name)
         started.append(Launcher(pid, folder, fd))
         return started[-1]
 
@@ -136,15 +136,15 @@ def launchers(folder: Path) -> Iterator[Launch]:
             os.close(launcher.terminal)
 
 
-def run(script: Path, processes: int, words: tuple[str, ...], folder: Path, terminal: bool) -> NoReturn:
+def run(script: Path, processes: int, words: tuple[str, ...], folder: Path, terminal: bool, name: str) -> NoReturn:
     """What a forked launcher does instead of going on as a copy of pytest."""
     code = 99
     try:
         os.chdir(folder)
         if not terminal:
-            for stream, name in ((0, os.devnull), (1, "out"), (2, "err")):
-                os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_APPEND), stream)
+            for stream, file in ((0, os.devnull), (1, "out"), (2, "err")):
+                os.dup2(os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND), stream)
         sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
-        code = spawn(Job("generate", script, ("c.yml", *words), processes, new_log_folder("generate", Path("logs"))))
+        code = spawn(Job(name, script, ("c.yml", *words), processes, new_log_folder(name, Path("logs"))))
     finally:
         os._exit(code)

@@ -132,3 +132,47 @@ def test_a_worker_that_starts_after_its_launcher_ended_ends_too(launch: Launch, 
         os.environ["DEEPY_PARENT"] = "1"  # not the process that starts it
         os.execv(sys.executable, [sys.executable, str(script)])
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 137
+
+
+SAVER = """asked = []
+for number in (signal.SIGTERM, signal.SIGUSR1): signal.signal(number, lambda *_: asked.append(rank))
+Path(f'ready{rank}').touch()
+while not asked and not list(Path().glob('asked*')): time.sleep(0.01)
+Path('asked').touch()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_training_that_was_asked_to_stop_has_time_to_save_and_ends_with_75(launch: Launch, number: signal.Signals) -> None:
+    launcher = launch(SAVER + "time.sleep(6 * rank)\nPath(f'saved{rank}').touch()\nos._exit(75)", name="train")
+    wait_until(lambda: len(list(launcher.folder.glob("ready*"))) == 2)
+    os.kill(launcher.pid, number)
+    assert launcher.end() == 75
+    assert (launcher.folder / "saved1").exists()
+    assert launcher.errors() == ""
+
+
+def test_a_rank_that_stopped_in_order_leaves_its_neighbour_the_time_to_hand_in_metrics(launch: Launch) -> None:
+    launcher = launch(SAVER + "if rank == 0: time.sleep(6); Path('handed-in').touch()\nos._exit(75)", name="train")
+    wait_until(lambda: len(list(launcher.folder.glob("ready*"))) == 2)
+    os.kill(launcher.workers[1], signal.SIGTERM)
+    assert launcher.end() == 75
+    assert (launcher.folder / "handed-in").exists()
+
+
+def test_a_rank_that_cannot_save_is_told_at_once_although_its_neighbours_wait_for_it(launch: Launch) -> None:
+    launcher = launch(SAVER + "if rank == 1: raise DataError('out/: No space left on device')\ntime.sleep(60)", name="train")
+    wait_until(lambda: len(list(launcher.folder.glob("ready*"))) == 2)
+    os.kill(launcher.pid, signal.SIGTERM)
+    assert launcher.end(10) == 2
+    assert launcher.errors() == "out/: No space left on device\n"
+    assert not any(alive(pid) for pid in launcher.workers.values())
+
+
+def test_a_training_that_cannot_save_yet_is_stopped_at_once(launch: Launch) -> None:
+    """One rank does not listen yet; the other does, and would wait for it."""
+    launcher = launch("if rank == 0: signal.signal(signal.SIGUSR1, lambda *_: None)\nPath(f'ready{rank}').touch()\nwhile True: time.sleep(60)", name="train")
+    wait_until(lambda: len(list(launcher.folder.glob("ready*"))) == 2)
+    os.kill(launcher.pid, signal.SIGUSR1)
+    assert launcher.end(10) == 128 + signal.SIGUSR1
+    assert launcher.errors().startswith("stopped by SIGUSR1; logs: ")

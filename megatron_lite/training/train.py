@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 
 from megatron_lite.config.sections import RunConfig
@@ -53,8 +54,8 @@ def run_training(training: Training, uses: Uses = NOBODY, *, give_up: GiveUp = g
     training = identify(training)
     watch = Watch(training.mesh, 60 * config.training.hang_timeout_minutes, give_up)
     folder, is_writer = metrics_folder(config), training.mesh.is_writer
-    with watch, open_metrics(config.logging, told(config), folder=folder, is_writer=is_writer, after=done or None) as metrics:
-        Loop(training, metrics, uses, watch).run()
+    with ExitStack() as last, watch, open_metrics(config.logging, told(config), folder=folder, is_writer=is_writer, after=done or None) as metrics:
+        Loop(training, metrics, uses, watch).run(last)
 
 
 class Loop:
@@ -72,22 +73,20 @@ class Loop:
         self.reporter = Reporter(metrics, training.spec, self.recipe, training.mesh, self.config)
         self.in_a_row, self.saved = 0, -1
 
-    def run(self) -> None:
-        """From where the training stands to its end."""
+    def run(self, last: ExitStack) -> None:
+        """From where the training stands to its end. `last` is closed after the metrics: until then a signal must not end the process that hands them in."""
         announce(self.training, self.engine)
         self.validator.look_at_start(self.uses.measure)
         batches = self._batches()
         started, interruption = time.monotonic(), Interruption(self.training.mesh)
-        try:
-            while self.progress.iteration < self.last:
-                self._step(batches)
-                if interruption.asked():
-                    self._leave()
-                if self._ends_here():
-                    break
-            self._finish(time.monotonic() - started)
-        finally:
-            interruption.close()
+        last.callback(interruption.close)
+        while self.progress.iteration < self.last:
+            self._step(batches)
+            if interruption.asked():
+                self._leave()
+            if self._ends_here():
+                break
+        self._finish(time.monotonic() - started)
 
     def _batches(self) -> Iterator[TokenBatch]:
         batches = self.training.batches("train", self.training.samples)
