@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_lite.config.sections import Initializer
 from megatron_lite.models.neox import ARCHITECTURE
-from megatron_lite.parallel.cross_entropy import cross_entropy, mean_loss
+from megatron_lite.parallel.cross_entropy import Loss, cross_entropy
 from megatron_lite.parallel.layout import Layout
 from megatron_lite.parallel.mesh import Axis, Mesh
 from megatron_lite.training.engine import Step
@@ -45,13 +45,15 @@ def test_loss_and_gradient_of_a_cut_vocabulary_are_those_of_the_whole(size: int)
     torch.testing.assert_close(torch.cat([gradient for _, gradient in parts], -1), F.pad(whole.grad, (0, 2)))
 
 
-def test_the_loss_is_the_mean_over_what_is_learned() -> None:
-    assert mean_loss(torch.tensor([1.0, 2.0, 6.0]), torch.tensor([1.0, 0.0, 1.0])) == 3.5
-    assert mean_loss(torch.tensor([1.0, 2.0]), torch.zeros(2)) == 0
+def test_the_loss_is_the_sum_over_what_is_learned_shared_out_among_so_many() -> None:
+    loss, learned = Loss(WORDS, Axis("tp")), torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0, 0.0])
+    expected = F.cross_entropy(LOGITS[[0, 2], :WORDS], LABELS[[0, 2]], reduction="sum") / 5
+    torch.testing.assert_close(loss(LOGITS, (LABELS, learned, torch.tensor(5.0))), expected)
+    assert loss(LOGITS, (LABELS, torch.zeros(6), torch.tensor(1.0))) == 0
 
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(pp=2), Layout(tp=2)], ids=str)
-def test_a_micro_batch_of_which_nothing_is_learned_adds_no_loss_and_no_gradient(layout: Layout) -> None:
+def test_a_micro_batch_of_which_nothing_is_learned_changes_nothing(layout: Layout) -> None:
     def stepped(mesh: Mesh) -> tuple[Step, Step, float]:
         recipe = replace(recipe_for(mesh.layout), batching=Batching(micro=2, accumulation=2, replicas=1))
         engine = engine_for(SMALL, mesh, recipe)
@@ -60,7 +62,7 @@ def test_a_micro_batch_of_which_nothing_is_learned_adds_no_loss_and_no_gradient(
         alone, nothing = engine.validate(iter([first]), 1), engine.validate(iter([masked]), 1)
         half = engine.step(iter([first, masked]), rate=0.0)
         none = engine.step(iter([masked, masked]), rate=0.0)
-        assert half.loss == pytest.approx(alone / 2, abs=1e-6)
+        assert half.loss == pytest.approx(alone, abs=1e-6)
         return half, none, nothing
 
     for half, none, nothing in forked(layout, stepped):

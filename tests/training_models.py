@@ -54,15 +54,20 @@ RECIPE = Recipe(
 
 @dataclass(frozen=True)
 class Samples:
-    """Random samples in memory, with data.batches' way to share them out."""
+    """Random samples in memory, with data.batches' way to share them out. `learned` says which of their labels are, where not all of them."""
 
     rows: torch.Tensor
+    learned: torch.Tensor | None = None
+
+    def between(self, first: int, last: int) -> TokenBatch:
+        rows = self.rows[first:last]
+        mask = torch.ones(len(rows), rows.shape[1] - 1) if self.learned is None else self.learned[first:last]
+        return TokenBatch(rows[:, :-1].contiguous(), rows[:, 1:].where(mask > 0, 0), mask)
 
     def stream(self, consumed: int, micro: int, *, index: int = 0, size: int = 1) -> Iterator[TokenBatch]:
         while True:
             chosen = sample_numbers(consumed, micro, index=index, size=size)
-            rows = self.rows[chosen.start : chosen.stop]
-            yield TokenBatch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), torch.ones(micro, rows.shape[1] - 1))
+            yield self.between(chosen.start, chosen.stop)
             consumed += micro * size
 
 
@@ -94,29 +99,39 @@ def batches_for(engine: Engine, consumed: int = 0, data: Samples = DATA) -> Iter
     return data.stream(consumed, engine.recipe.batching.micro, index=engine.mesh.dp.index, size=engine.mesh.dp.size)
 
 
-def run_steps(engine: Engine, first: int, last: int) -> list[tuple[float, float]]:
+def run_steps(engine: Engine, first: int, last: int, data: Samples = DATA) -> list[tuple[float, float]]:
     """Loss and norm of the gradient before clipping, of the steps first to last - 1."""
-    batches = batches_for(engine, first * SAMPLES)
+    batches = batches_for(engine, first * SAMPLES, data)
     steps = [engine.step(batches, rate=engine.recipe.schedule(done)) for done in range(first, last)]
     return [(step.loss, step.gradient_norm) for step in steps]
 
 
-def plain_loop(spec: ModelSpec) -> list[tuple[float, float]]:
-    """Losses and norms of eight steps as PyTorch alone would take them."""
+def plain_layers(spec: ModelSpec) -> torch.nn.ModuleDict:
+    """The model at the start of training, in one process."""
     plan = ARCHITECTURE.plan(spec, Axis("tp"))
     layers = torch.nn.ModuleDict({str(number): make() for number, make in plan.items()})
     for number, layer in layers.items():
         draw_layer(layer, int(number), model=SECTION, spec=spec, seed=RECIPE.seed, tp=Axis("tp"))
     if spec.tied_head:
         layers[str(spec.head_number)].get_submodule("word_embeddings").weight = layers["0"].get_submodule("word_embeddings").weight
+    return layers
+
+
+def plain_loss(layers: torch.nn.ModuleDict, batch: TokenBatch) -> torch.Tensor:
+    """The mean over all tokens of the batch that are learned."""
+    x = batch.tokens
+    for layer in layers.values():
+        x = layer(x)
+    return F.cross_entropy(x.flatten(0, 1), batch.labels.where(batch.loss_mask > 0, -100).flatten())
+
+
+def plain_loop(spec: ModelSpec, data: Samples = DATA) -> list[tuple[float, float]]:
+    """Losses and norms of the steps that the samples last for, as PyTorch alone would take them."""
+    layers = plain_layers(spec)
     optimizer = build_optimizer(RECIPE.optimizer, parameter_groups(layers, RECIPE.optimizer.weight_decay), rate=0.0)
     steps = []
-    for done in range(STEPS):
-        rows = DATA.rows[done * SAMPLES : (done + 1) * SAMPLES]
-        x = rows[:, :-1]
-        for layer in layers.values():
-            x = layer(x)
-        loss = F.cross_entropy(x.flatten(0, 1), rows[:, 1:].flatten())
+    for done in range(len(data.rows) // SAMPLES):
+        loss = plain_loss(layers, data.between(done * SAMPLES, (done + 1) * SAMPLES))
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(layers.parameters(), RECIPE.clipping)

@@ -23,11 +23,28 @@ class TokenBatch:
     labels: Tensor
     loss_mask: Tensor
 
+    @property
+    def positions(self) -> Tensor:
+        return torch.tensor(float(self.loss_mask.numel()))
+
     def to(self, device: torch.device) -> "TokenBatch":
         parts = (self.tokens, self.labels, self.loss_mask)
         if device.type == "cuda":
             parts = tuple(part.pin_memory() for part in parts)  # else the copy waits for what the GPU is at
         return TokenBatch(*(part.to(device, non_blocking=True) for part in parts))
+
+
+class Counted(Iterator[TokenBatch]):
+    """The same micro batches, and of those that were taken: how many positions, and how many of them are learned."""
+
+    def __init__(self, batches: Iterator[TokenBatch]) -> None:
+        self._batches, self.positions, self.learned = batches, 0, 0
+
+    def __next__(self) -> TokenBatch:
+        batch = next(self._batches)
+        self.positions += batch.loss_mask.numel()
+        self.learned += int(batch.loss_mask.count_nonzero())
+        return batch
 
 
 def sample_numbers(consumed: int, micro_batch: int, *, index: int = 0, size: int = 1) -> range:
@@ -55,19 +72,20 @@ class Batches:
         rows = [self._source.row(number) for number in numbers]
         tokens = torch.from_numpy(np.stack([row.tokens for row in rows]))
         labels = torch.from_numpy(np.stack([row.labels for row in rows]))[:, 1:]
-        self._check(tokens, numbers)
+        self._check(tokens, numbers, "token")
+        self._check(labels.clamp(min=0), numbers, "label")  # below 0 they are masked
         inputs = tokens[:, :-1].contiguous()
         learned = labels >= 0
         if self._unlearned_after is not None:
             learned = learned & (inputs != self._unlearned_after)
         return TokenBatch(inputs, labels.where(learned, 0), learned.float())
 
-    def _check(self, tokens: Tensor, numbers: range) -> None:
+    def _check(self, tokens: Tensor, numbers: range, kind: str) -> None:
         wrong = (tokens < 0) | (tokens >= self._vocab)
         if wrong.any():
             row, column = wrong.nonzero()[0].tolist()
             raise DataError(
-                f"{self._source.where(numbers[row])}, has the token id {int(tokens[row, column])}, but the model's vocabulary ends at {self._vocab - 1}; "
+                f"{self._source.where(numbers[row])}, has the {kind} id {int(tokens[row, column])}, but the model's vocabulary ends at {self._vocab - 1}; "
                 "the data was made with another tokenizer"
             )
 

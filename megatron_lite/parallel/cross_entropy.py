@@ -1,5 +1,6 @@
 """The loss of training, on logits that are cut over the vocabulary: the ranks exchange three numbers for every position, never the logits."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,9 +20,20 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, words: int, tp: Axis) -> Te
     return _CrossEntropy.apply(logits, labels, words, tp)
 
 
-def mean_loss(losses: Tensor, learned: Tensor) -> Tensor:
-    """NeoX's loss of a micro batch: the mean over the positions that are learned (1, not 0); 0 where none is."""
-    return (losses * learned).sum() / learned.sum().clamp(min=1)
+@dataclass(frozen=True)
+class Loss:
+    """The loss of a micro batch, from this rank's logits. Rows of the vocabulary from `words` on are no words.
+
+    The positions that are learned (1, not 0) are added up and divided by a number that others share: by their own, a micro batch with few would weigh like any.
+    """
+
+    words: int
+    tp: Axis
+
+    def __call__(self, logits: Tensor, wanted: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        labels, learned, among = wanted
+        losses = cross_entropy(logits.flatten(0, -2), labels.flatten(), words=self.words, tp=self.tp)
+        return (losses * learned.flatten()).sum() / among
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_lite.data.batches import TokenBatch
+from megatron_lite.data.batches import Counted, TokenBatch
 from megatron_lite.errors import ConfigError
-from megatron_lite.parallel.cross_entropy import cross_entropy, mean_loss
-from megatron_lite.parallel.mesh import Axis, Mesh
+from megatron_lite.parallel.cross_entropy import Loss
+from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.training.optimizer import Groups, build_optimizer, parameter_groups, set_rate
 from megatron_lite.training.recipe import Recipe
 from megatron_lite.training.stage import TrainedStage
@@ -26,19 +26,6 @@ class Step:
     gradient_norm: float
     applied: bool
     loss_scale: float
-
-
-@dataclass(frozen=True)
-class Loss:
-    """The loss of a micro batch, from this rank's logits. Rows of the vocabulary from `words` on are no words."""
-
-    words: int
-    tp: Axis
-
-    def __call__(self, logits: Tensor, wanted: tuple[Tensor, Tensor]) -> Tensor:
-        labels, learned = wanted
-        losses = cross_entropy(logits.flatten(0, -2), labels.flatten(), words=self.words, tp=self.tp)
-        return mean_loss(losses, learned.flatten())
 
 
 @dataclass(frozen=True)
@@ -60,9 +47,11 @@ class Engine(ABC):
         self.deepspeed = deepspeed
 
     def step(self, batches: Iterator[TokenBatch], *, rate: float) -> Step:
-        """Takes a step's micro batches and moves the weights."""
+        """Takes a step's micro batches and moves the weights. Every learned token counts alike, wherever it is."""
         set_rate(self.optimizer, rate)
-        loss = self._forward_and_back(batches)
+        counted = Counted(batches)
+        taken = [next(counted) for _ in range(self.recipe.batching.accumulation)]
+        loss = self._forward_and_back(taken, self._share(counted.learned))
         norm = float(self.deepspeed.get_global_grad_norm() or 0.0)
         return Step(loss, norm, not self.deepspeed.optimizer.overflow, self.loss_scale)
 
@@ -70,12 +59,26 @@ class Engine(ABC):
     def loss_scale(self) -> float:
         return float(self.deepspeed.optimizer.loss_scale) if self.recipe.dtype == torch.float16 else 1.0
 
-    @abstractmethod
-    def _forward_and_back(self, batches: Iterator[TokenBatch]) -> float: ...
+    def validate(self, batches: Iterator[TokenBatch], count: int) -> float:
+        """The mean loss of the learned tokens of so many micro batches in every replica; 0 where there are none."""
+        counted = Counted(batches)
+        loss = self._mean_over_positions(counted, count)
+        found = torch.tensor([counted.positions, counted.learned], dtype=torch.float64, device=self.mesh.device)
+        positions, learned = self.mesh.pp.share(self.mesh.dp.sum_in_place(found), source=self.mesh.pp.size - 1).tolist()  # stages between read nothing
+        return loss * (positions / max(1, learned))
+
+    def _share(self, learned: int) -> Tensor:
+        """A micro batch's even share of the step's learned tokens, of which this replica has so many. Sums divided by it have the step's loss as mean."""
+        total = self.mesh.dp.sum_in_place(torch.full((), float(learned), dtype=torch.float32, device=self.mesh.device))
+        return total.clamp(min=1) / (self.recipe.batching.accumulation * self.mesh.dp.size)
 
     @abstractmethod
-    def validate(self, batches: Iterator[TokenBatch], count: int) -> float:
-        """The mean loss of so many micro batches in every replica."""
+    def _forward_and_back(self, batches: list[TokenBatch], share: Tensor) -> float:
+        """The mean over all micro batches of the sum of their losses by `share`, and its gradient to the weights."""
+
+    @abstractmethod
+    def _mean_over_positions(self, batches: Iterator[TokenBatch], count: int) -> float:
+        """The loss of the learned tokens by the number of all positions."""
 
     def _mean_over_replicas(self, loss: Tensor) -> float:
         return float(self.mesh.dp.sum(loss.float())) / self.mesh.dp.size
@@ -84,40 +87,37 @@ class Engine(ABC):
 class PlainEngine(Engine):
     """All layers in this process."""
 
-    def _forward_and_back(self, batches: Iterator[TokenBatch]) -> float:
+    def _forward_and_back(self, batches: list[TokenBatch], share: Tensor) -> float:
         losses: list[Tensor] = []  # added up at the end: looking at one would keep the GPU waiting
         self.deepspeed.train()
-        for _ in range(self.recipe.batching.accumulation):
-            loss = self._loss(next(batches))
+        for batch in batches:
+            loss = self._loss(batch, share)
             self.deepspeed.backward(loss)
             self.deepspeed.step()
             losses.append(loss.detach())
         return self._mean_over_replicas(torch.stack(losses).mean())
 
     @torch.no_grad()
-    def validate(self, batches: Iterator[TokenBatch], count: int) -> float:
+    def _mean_over_positions(self, batches: Iterator[TokenBatch], count: int) -> float:
         self.deepspeed.eval()
-        total = torch.stack([self._loss(next(batches)) for _ in range(count)]).mean()
-        return self._mean_over_replicas(total)
+        taken = (next(batches) for _ in range(count))
+        return self._mean_over_replicas(torch.stack([self._loss(batch, batch.positions) for batch in taken]).mean())
 
-    def _loss(self, batch: TokenBatch) -> Tensor:
+    def _loss(self, batch: TokenBatch, among: Tensor) -> Tensor:
         batch = batch.to(self.mesh.device)
-        return self.loss(self.deepspeed(batch.tokens), (batch.labels, batch.loss_mask))
+        return self.loss(self.deepspeed(batch.tokens), (batch.labels, batch.loss_mask, among))
 
 
 class PipelineEngine(Engine):
     """One stage of several."""
 
-    def _forward_and_back(self, batches: Iterator[TokenBatch]) -> float:
-        return float(self.deepspeed.train_batch(_as_pairs(batches)))
+    def _forward_and_back(self, batches: list[TokenBatch], share: Tensor) -> float:
+        pairs = ((batch.tokens, (batch.labels, batch.loss_mask, share)) for batch in batches)
+        return float(self.deepspeed.train_batch(pairs))
 
-    def validate(self, batches: Iterator[TokenBatch], count: int) -> float:
-        return float(self.deepspeed.eval_batch(_as_pairs(batches), num_micro_batches=count))
-
-
-def _as_pairs(batches: Iterator[TokenBatch]) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor]]]:
-    for batch in batches:
-        yield batch.tokens, (batch.labels, batch.loss_mask)
+    def _mean_over_positions(self, batches: Iterator[TokenBatch], count: int) -> float:
+        pairs = ((batch.tokens, (batch.labels, batch.loss_mask, batch.positions)) for batch in batches)
+        return float(self.deepspeed.eval_batch(pairs, num_micro_batches=count))
 
 
 def start_engine(stage: TrainedStage, mesh: Mesh, recipe: Recipe, *, words: int, tied_head: int | None) -> Engine:

@@ -10,7 +10,7 @@ from megatron_lite.parallel.layout import Layout
 from megatron_lite.parallel.mesh import Axis
 from megatron_lite.training.stage import TrainedStage
 
-Loss = Callable[[Tensor, tuple[Tensor, Tensor]], Tensor]
+Loss = Callable[[Tensor, tuple[Tensor, Tensor, Tensor]], Tensor]
 
 
 class Ready(LayerSpec):

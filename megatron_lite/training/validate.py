@@ -29,7 +29,7 @@ class Validator:
         return section.do_valid is not False and section.eval_interval is not None and iteration % section.eval_interval == 0
 
     def loss(self, purpose: Purpose) -> float | None:
-        """The mean loss of eval_iters steps' worth of samples; None where there are no data for this purpose."""
+        """The mean loss of the learned tokens of eval_iters steps' worth of samples; None where there are no data for this purpose."""
         section, batching = self.training.config.training, self.training.recipe.batching
         count = (1 if section.check else section.eval_iters) * batching.accumulation
         batches = self.training.batches(purpose, count * batching.micro * batching.replicas)
@@ -73,6 +73,6 @@ class Validator:
 
 
 def stream(training: Training, batches: Batches, consumed: int) -> Iterator[TokenBatch]:
-    """This replica's micro batches from there on."""
-    dp = training.mesh.dp
-    return batches.stream(consumed, training.recipe.batching.micro, index=dp.index, size=dp.size)
+    """This replica's micro batches from there on. A step takes its own all at once: those of the next one are read while it computes."""
+    dp, batching = training.mesh.dp, training.recipe.batching
+    return batches.stream(consumed, batching.micro, index=dp.index, size=dp.size, ahead=batching.accumulation + 1)
