@@ -129,6 +129,12 @@ def test_an_id_that_the_model_does_not_know_is_traced_to_its_sample(wrong: int) 
         Batches(rows, vocab=10).at(0, 2)
 
 
+def test_a_label_that_the_model_does_not_know_is_traced_to_its_sample() -> None:
+    rows = Rows(([1, 2, 3], [MASKED, 2, 3]), ([1, 2, 3], [MASKED, MASKED, 10]))
+    with pytest.raises(DataError, match=r"rows, sample 1, has the label id 10, but the model's vocabulary ends at 9; the data was made with another"):
+        Batches(rows, vocab=10).at(0, 2)
+
+
 def test_the_end_of_the_data_gets_a_sentence_only_when_it_is_reached() -> None:
     stream = Batches(Rows(([1, 2, 3], None), ([4, 5, 6], None)), vocab=10).stream(0, 1, ahead=4)
     assert [batch.tokens[0, 0].item() for batch in islice(stream, 2)] == [1, 4]

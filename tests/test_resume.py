@@ -218,7 +218,7 @@ def test_a_loss_scale_goes_on_in_fp16_and_comes_from_nowhere_else() -> None:
     def dynamic(scale: int) -> DynamicLossScaler:
         return DynamicLossScaler(scale, 1000, 1.0, 2, False, dtype=torch.float16)
 
-    half, other = _with_scaler(torch.float16, dynamic(4096)), _with_scaler(torch.bfloat16, LossScaler(1.0))
+    half, other = _with_scaler(torch.float16, dynamic(4096)), _with_scaler(torch.bfloat16, LossScaler(1))
     assert loss_scaler_of(other) == {}
     for stored, expected in ((loss_scaler_of(other), 4096.0), ({"cur_scale": 1.0}, 4096.0), (loss_scaler_of(_with_scaler(torch.float16, dynamic(64))), 64.0)):
         restore_loss_scale(half, stored)

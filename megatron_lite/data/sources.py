@@ -109,9 +109,11 @@ def _paths(section: DataSection, key: str) -> Sequence[Path]:
 
 
 def _check_vocabulary(corpus: Corpus, vocab: int) -> None:
-    tokens = corpus.tokens.tokens
-    greatest = max(int(tokens[:LOOKED_AT].max()), int(tokens[-LOOKED_AT:].max()))
-    if greatest >= vocab:
-        raise DataError(
-            f"{corpus.tokens.prefix} holds the token id {greatest}, but the model's vocabulary ends at {vocab - 1}; it was made with another tokenizer"
-        )
+    for kind, dataset in (("token", corpus.tokens), ("label", corpus.labels)):
+        if dataset is None:
+            continue
+        greatest = max(int(dataset.tokens[:LOOKED_AT].max()), int(dataset.tokens[-LOOKED_AT:].max()))
+        if greatest >= vocab:
+            raise DataError(
+                f"{dataset.prefix} holds the {kind} id {greatest}, but the model's vocabulary ends at {vocab - 1}; it was made with another tokenizer"
+            )
