@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Trains or fine-tunes a model: ./deepy.py train.py configs/20B.yml configs/finetune.yml"""
 
+import os
 import sys
 from pathlib import Path
 
@@ -24,6 +25,10 @@ def main(command: Command) -> None:
     evaluate = None
     if config.evaluation.eval_tasks:
         from megatron_lite.evaluation.evaluate import evaluate
+        from megatron_lite.evaluation.tasks import find_tasks
+
+        if os.environ.get("RANK", "0") == "0":
+            find_tasks(config.evaluation)  # what is wrong with them ends the training now, not at its first validation
     train(config, Uses(evaluate, completer(config) if config.generation.sample_interval else None, unlikelihoods), give_up=give_up)
 
 

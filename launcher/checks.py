@@ -72,6 +72,12 @@ def check_tasks(config: RunConfig) -> None:
             require(TASK_DATA[name], data_folder(settings.eval_data_dir))
 
 
+def check_tasks_of_training(config: RunConfig) -> None:
+    """The same for tasks that are evaluated while a model is trained."""
+    if config.evaluation.eval_tasks:
+        check_tasks(config)
+
+
 def check_results(config: RunConfig) -> None:
     """Whether the results can be written."""
     check_writable(config.evaluation.results_file(time.localtime()))
@@ -96,6 +102,6 @@ def check_training_data(config: RunConfig) -> None:
 
 CHECKS: dict[str, tuple[Check, ...]] = {
     "generate": (check_prompts, check_output, check_checkpoint),
-    "train": (check_beginning, check_training_data),
+    "train": (check_beginning, check_training_data, check_tasks_of_training),
     "evaluate": (check_tasks, check_results, check_checkpoint),
 }

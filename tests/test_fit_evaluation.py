@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.checks import CHECKS
 from launcher.command import Command
 from launcher.hardware import Hardware
 from launcher.plan import Plan
@@ -12,7 +13,7 @@ from launcher.replicas import plan_evaluation
 from launcher.run import settle
 from megatron_lite.config.load import load_config
 from megatron_lite.data import hub
-from megatron_lite.errors import FitError, LayoutError, UserError
+from megatron_lite.errors import DataError, FitError, LayoutError, UserError
 from megatron_lite.parallel.layout import Layout
 from tests.machines import TOKENS, cores, gpus
 
@@ -74,6 +75,19 @@ def test_deepy_plans_evaluations_so(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     assert settled(tmp_path, eval_tasks=["lambada", "piqa"], eval_data_dir=str(tmp_path)).layout == Layout(dp=2)
+
+
+def test_tasks_of_a_training_are_looked_for_before_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "https://127.0.0.1:9")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    for name in hub.PROXIES:
+        monkeypatch.delenv(name, raising=False)
+    hub.is_reachable.cache_clear()
+    settings = {"eval_tasks": ["lambada"], "eval_data_dir": str(tmp_path)}
+    with pytest.raises(DataError, match=r"there is no .*/lambada/lambada_test.jsonl for the task lambada_openai, and https://127.0.0.1:9 cannot be reached"):
+        CHECKS["train"][-1](load_config([Path("configs/tiny.yml")], settings))
+    hub.is_reachable.cache_clear()
+    CHECKS["train"][-1](load_config([Path("configs/tiny.yml")]))
 
 
 def test_missing_data_a_missing_network_and_a_folder_that_is_not_there_are_told_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
