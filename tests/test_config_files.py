@@ -138,6 +138,9 @@ REFUSED = [
     ("muP", '"use_mup": true, "mup_width_scale": 4', "use_mup"),
     ("soft prompts", '"soft_prompt_tuning": {"enabled": true, "num_tokens": 10}', "soft_prompt_tuning"),
     ("curriculum", '"curriculum_learning": {"enabled": true, "curriculum_type": "seqlen"}', "curriculum_learning"),
+    ("no training", '"do_train": false', "do_train"),
+    ("DeepSpeed's schedule", '"scheduler": {"type": "WarmupLR", "params": {}}', "scheduler"),
+    ("Apex", '"amp": {"enabled": true, "opt_level": "O1"}', "amp"),
 ]
 
 
@@ -158,6 +161,7 @@ def test_what_is_not_built_is_refused_by_its_own_name_only(tmp_path: Path, lines
     [
         '"moe_num_experts": 1, "use_mup": false, "te_mha": false, "train_impl": "normal", "soft_prompt_tuning": null',
         '"sequence_parallel": False, "sliding_window_width": null, "dataset_impl": "gpt2", "autotuning": null',
+        '"do_train": true, "scheduler": null, "amp": {"enabled": false}, "data_impl": "mmap", "num_workers": 2',
         '"soft_prompt_tuning": {"enabled": false}, "curriculum_learning": {"enabled": false}, "attention_config": [[["global"], 12], [["flash"], 12]]',
     ],
 )

@@ -58,6 +58,16 @@ def test_defaults_are_neox_own():
         assert REFUSED[key].default == theirs[key], key
 
 
+def test_every_setting_is_read_somewhere():
+    folders = (ROOT / "megatron_lite", ROOT / "launcher")
+    code = "\n".join(path.read_text(encoding="utf-8") for folder in folders for path in folder.rglob("*.py") if path.name not in ("sections.py", "keys.py"))
+    methods = (ROOT / "megatron_lite" / "config" / "sections.py").read_text(encoding="utf-8")
+    code += "\n".join(re.findall(r"(?:self|settings)\.\w+", methods))
+    for key in FIELDS:
+        purpose = re.sub("^(train|valid|test)_(?=.*data)", "{purpose}_", key)  # all three are read by one line
+        assert re.search(rf"\.{key}\b|[\"']{key}[\"']|{re.escape(purpose) if purpose != key else '(?!)'}", code), key
+
+
 @pytest.mark.parametrize("key", FIELDS)
 def test_every_setting_says_what_it_means(key: str):
     assert FIELDS[key].description

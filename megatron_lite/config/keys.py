@@ -18,22 +18,16 @@ RESTATED = {
 # Handed over as they are written: they go into DeepSpeed's own configuration.
 DEEPSPEED = {
     "optimizer": "type and parameters of the optimizer, the learning rate among them",
-    "scheduler": "DeepSpeed's schedule, instead of lr_decay_style",
     "fp16": "half precision and its loss scale",
     "bf16": "bfloat16",
     "zero_optimization": "ZeRO stage and buffers",
-    "fp32_allreduce": "gradients are summed in fp32",
     "communication_data_type": "number format of sums between processes",
     "prescale_gradients": "scale gradients before they are summed",
     "gradient_predivide_factor": "factor of prescale_gradients",
     "sparse_gradients": "sum sparse gradients as such",
     "zero_allow_untested_optimizer": "ZeRO with any optimizer",
-    "amp": "NVIDIA Apex's mixed precision",
-    "steps_per_print": "steps between DeepSpeed's own reports",
     "wall_clock_breakdown": "report the time of forward, backward and step",
-    "dump_state": "print DeepSpeed's state at the start",
     "flops_profiler": "DeepSpeed's profiler",
-    "activation_checkpointing": "DeepSpeed's recomputation of activations",
     "tensorboard": "DeepSpeed's monitor",
     "wandb": "DeepSpeed's monitor",
     "csv_monitor": "DeepSpeed's monitor",
@@ -42,17 +36,17 @@ DEEPSPEED = {
     "compression_training": "quantization and pruning while training",
     "data_efficiency": "sampling by difficulty",
     "data_types": "number format of accumulated gradients",
-    "checkpoint": "how DeepSpeed writes files",
     "deepspeed_extra_args": "further DeepSpeed keys",
 }
 
 
 @dataclass(frozen=True)
 class Idle:
-    """A key without effect: its default in NeoX, which is passed over in silence, and why no other value changes anything."""
+    """A key without effect: its default in NeoX, which is passed over in silence, as are some others, and why no value changes anything."""
 
     default: object
     reason: str
+    silent: tuple[object, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -107,6 +101,7 @@ WITHOUT_EFFECT: dict[str, Idle] = {
     ),
     **_idle("nccl is used on GPUs and gloo on CPUs", distributed_backend="nccl"),
     **_idle("training always runs through DeepSpeed", deepspeed=True),
+    **_idle("processes see in their environment who started them", deepspeed_mpi=False, deepspeed_slurm=False),
     **_idle(
         "the program counts processes itself",
         world_size=None,
@@ -133,6 +128,21 @@ WITHOUT_EFFECT: dict[str, Idle] = {
         num_unique_layers=None,
     ),
     **_idle("the operating system keeps data in memory", mmap_warmup=False),
+    "data_impl": Idle("infer", "the file itself says its format", silent=("mmap",)),
+    **_idle("one thread of every process reads ahead", num_workers=2),
+    **_idle("of the processes that see a folder one makes the sample maps, and the others wait for them", use_shared_fs=True),
+    **_idle(
+        "the learning rate follows from the settings and the step alone; no checkpoint holds a schedule",
+        override_lr_scheduler=False,
+        use_checkpoint_lr_scheduler=False,
+    ),
+    **_idle("blocks are dealt to the stages evenly, or as pipe_stage_layers says", pipe_partition_method="type:transformer|mlp"),
+    **_idle("training has no random state: the order of the data follows from seed, and dropout is not built", no_load_rng=False, no_save_rng=False),
+    **_idle("progress is reported every log_interval steps, and by this program only", steps_per_print=10),
+    **_idle("checkpoint_activations and checkpoint_num_layers say what is computed again", activation_checkpointing=None),
+    **_idle("communication_data_type is what says in which format gradients are summed", fp32_allreduce=False),
+    **_idle("--dry-run shows every setting", dump_state=False),
+    **_idle("this program writes its checkpoints itself, not DeepSpeed", checkpoint=None),
     **_idle("the norm of the gradient is always reported, as train/grad_norm", log_grad_norm=False),
     **_idle("it belongs to pos_emb rpe, which is refused", rpe_num_buckets=32, rpe_max_distance=128),
     **_idle("it belongs to norm scalenorm, which is refused", scalenorm_epsilon=1e-8),
@@ -303,6 +313,9 @@ REFUSED: dict[str, Refusal] = {
     **_refused("perplexity per character is not built", char_level_ppl=False),
     "use_comet": Refusal(None, "Comet is not built; use metrics.jsonl, wandb or TensorBoard", lambda value: value is False),
     **_refused("this statistic is not built", log_grad_pct_zeros=False, log_param_norm=False, log_optimizer_states=False, log_gradient_noise_scale=False),
+    "do_train": Refusal(None, "train.py trains; to measure a checkpoint only, run evaluate.py", lambda value: value is True),
+    "scheduler": Refusal(None, "DeepSpeed's schedules are not built; use lr_decay_style, warmup, lr_decay_iters and min_lr"),
+    "amp": Refusal(None, "NVIDIA Apex is not used; set precision, or fp16 or bf16", _switched_off),
     **_refused("profilers are run from outside", profile=False, memory_profiling=False),
 }
 

@@ -146,5 +146,5 @@ def _missing(stated: Stated, paths: Sequence[Path]) -> Iterator[str]:
 def _notes(stated: Stated) -> Iterator[str]:
     """A line for every key that has no effect here, unless it says what NeoX takes for granted."""
     for key, setting in stated.items():
-        if key in WITHOUT_EFFECT and setting.value != WITHOUT_EFFECT[key].default:
+        if key in WITHOUT_EFFECT and setting.value not in (WITHOUT_EFFECT[key].default, *WITHOUT_EFFECT[key].silent):
             yield f"{setting.origin}: {key} has no effect here: {WITHOUT_EFFECT[key].reason}"

@@ -100,7 +100,6 @@ class ParallelSection(Section):
         None,
         description="(ours) blocks of every stage, such as [10, 20, 14]; null deals them evenly, or to unequal GPUs by what they hold and how fast they are",
     )
-    pipe_partition_method: str = Field("type:transformer|mlp", description="how DeepSpeed deals the layers to the stages in training")
 
 
 class LauncherSection(Section):
@@ -119,8 +118,6 @@ class LauncherSection(Section):
     no_ssh_check: bool = Field(False, description="start without trying whether the hosts answer")
     comment: str | None = Field(None, description="comment of a SLURM job")
     account: str | None = Field(None, description="account of a SLURM job")
-    deepspeed_mpi: bool = Field(False, description="ranks are taken from Open MPI's environment")
-    deepspeed_slurm: bool = Field(False, description="ranks are taken from SLURM's environment")
 
 
 class CheckpointSection(Section):
@@ -134,9 +131,7 @@ class CheckpointSection(Section):
     iteration: Size | None = Field(None, description="step to load; null loads the one that the file `latest` names")
     finetune: bool = Field(False, description="take only the weights: fresh optimizer, iteration 0")
     no_load_optim: bool = Field(False, description="leave out the optimizer's state when loading")
-    no_load_rng: bool = Field(False, description="leave out the random state when loading")
     no_save_optim: bool = Field(False, description="leave out the optimizer's state when saving")
-    no_save_rng: bool = Field(False, description="leave out the random state when saving")
     checkpoint_factor: Count | None = Field(None, description="save every so many steps, or at its powers")
     checkpoint_scale: Literal["linear", "log"] = Field("linear", description="whether checkpoint_factor is a distance or a base")
     extra_save_iters: Sizes | None = Field(None, description="further steps to save at")
@@ -173,12 +168,9 @@ class DataSection(Section):
     test_label_data_paths: Prefixes | None = Field(None, description="labels beside test_data_paths")
     weight_by_num_documents: bool = Field(False, description="weigh data sets by their size instead of by *_data_weights")
     weighted_sampler_alpha: Amount = Field(1.0, description="how far weight_by_num_documents follows the sizes: 1 fully, 0 not at all")
-    data_impl: Literal["infer", "mmap", "cached"] = Field("infer", description="format of the data sets; infer looks at the file")
     pack_impl: Literal["packed", "pack_until_overflow", "unpacked"] = Field("packed", description="how documents fill samples")
     allow_chopped: bool = Field(True, description="false leaves out documents longer than a sample")
     eod_mask_loss: bool = Field(False, description="no loss on what follows the token between documents: the first token of the next one")
-    num_workers: Size = Field(2, description="processes that read ahead")
-    use_shared_fs: bool = Field(True, description="index files are built once, not once on every host")
 
 
 class GenerationSection(Section):
@@ -241,8 +233,6 @@ class TrainingSection(Section):
     lr_decay_fraction: Share | None = Field(None, description="lr_decay_iters as a share of train_iters")
     min_lr: Amount = Field(0.0, description="lowest learning rate")
     warmup: Share = Field(0.01, description="share of lr_decay_iters in which the learning rate rises")
-    override_lr_scheduler: bool = Field(False, description="the schedule of these settings replaces the checkpoint's")
-    use_checkpoint_lr_scheduler: bool = Field(False, description="the schedule of the checkpoint replaces these settings")
     weight_decay: Amount = Field(0.1, description="decay of matrices; norms and biases have none")
     gradient_clipping: Amount = Field(1.0, description="largest norm of the gradient; 0 is off")
     checkpoint_activations: bool = Field(False, description="compute activations again in the backward pass instead of keeping them")
@@ -250,7 +240,6 @@ class TrainingSection(Section):
     eval_interval: Count | None = Field(1000, description="steps between validations")
     eval_iters: Size = Field(100, description="steps of a validation")
     exit_interval: Count | None = Field(None, description="end the program after a step that this divides")
-    do_train: bool | None = Field(None, description="null follows from the data")
     do_valid: bool | None = Field(None, description="null follows from the data")
     do_test: bool | None = Field(None, description="null follows from the data")
     lora: LoraSection | None = Field(

@@ -170,13 +170,11 @@ def _mapping(config: RunConfig, key: str) -> Mapping[str, object]:
     return value
 
 
-OURS = {"optimizer", "scheduler", "fp16", "bf16", "zero_optimization", "steps_per_print", "deepspeed_extra_args", "activation_checkpointing"}
+OURS = {"optimizer", "fp16", "bf16", "zero_optimization", "deepspeed_extra_args"}
 """DeepSpeed's keys that are decided here, in one way or another."""
 
 
 def _extra(config: RunConfig) -> dict[str, object]:
     """What is handed to DeepSpeed unread."""
-    if config.deepspeed.get("scheduler"):
-        raise ConfigError(f"scheduler ({config.where('scheduler')}) is not built; use lr_decay_style, warmup, lr_decay_iters and min_lr")
     unread = {key: value for key, value in config.deepspeed.items() if key not in OURS and value is not None}
     return {**unread, **_mapping(config, "deepspeed_extra_args")}
