@@ -36,7 +36,7 @@ SPECS: dict[str, ModelSpec] = {
 LAYOUTS = [Layout(pp=pp, tp=tp) for pp, tp in ((1, 1), (1, 2), (1, 4), (2, 1), (2, 2))]
 
 
-def twin(spec: ModelSpec, **others: object) -> nn.Module:
+def twin(spec: ModelSpec, **others: Any) -> nn.Module:
     """The same model in transformers, with random weights; `others` are settings of LLaMA's that no spec has."""
     import transformers
 

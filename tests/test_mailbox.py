@@ -47,7 +47,7 @@ def meet_over_tcp(mesh: Mesh, port: int) -> Any:
     """Joins the world anew as a launcher's processes do, with communicators of little patience. The store."""
     dist.destroy_process_group()
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=mesh.rank, world_size=mesh.layout.size, timeout=PATIENCE)
-    return dist.distributed_c10d._get_default_store()  # pyright: ignore[reportAttributeAccessIssue]
+    return dist.distributed_c10d._get_default_store()
 
 
 def test_completions_of_any_size_are_handed_over_and_nothing_of_them_stays() -> None:
@@ -68,7 +68,7 @@ def test_completions_of_any_size_are_handed_over_and_nothing_of_them_stays() -> 
 def test_a_second_call_reads_its_own_answers() -> None:
     asked = requests("abcd")
 
-    def run(mesh: Mesh) -> list[list[str | None]]:
+    def run(mesh: Mesh) -> list[list[str]]:
         return [sorted(str(completion.text) for completion in complete_all(Slow(0, said, 1), asked, mesh)) for said in ("first", "second")]
 
     assert in_world(Layout(dp=2), run)[0] == [[f"{said} {number}" for number in range(4)] for said in ("first", "second")]
