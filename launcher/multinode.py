@@ -5,16 +5,18 @@
 
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from launcher.fleet import Node, watch
 from launcher.hosts import Host
-from launcher.job import Job
+from launcher.job import GRACE, Job
 from launcher.node import Order
 from launcher.spawn import SAFE_PATH
 from launcher.worker import PARENT
@@ -42,7 +44,7 @@ def run_on_hosts(hosts: Sequence[Host], configs: Sequence[Path], job: Job, secti
         logs=str(job.logs),
         environment={name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)},
     )
-    return watch(STARTERS[section.launcher](order, hosts, section), logs=job.logs)
+    return watch(STARTERS[section.launcher](order, hosts, section), job)
 
 
 def share(hosts: Sequence[Host], processes: int) -> tuple[Host, ...]:
@@ -62,7 +64,10 @@ def _address(hosts: Sequence[Host]) -> str:
 
 
 def over_ssh(order: Order, hosts: Sequence[Host], section: LauncherSection) -> list[Node]:
-    """A node program on every host, ssh for those that are not this one. The order travels on its standard input, which then stays open as a lifeline."""
+    """A node program on every host, ssh for those that are not this one. The order travels on its standard input, which then stays open as a lifeline.
+
+    On this host it is a file without a name, and without the environment, which is inherited: keys must not stand on a command line, where all can read.
+    """
     if not section.no_ssh_check:
         _try_ssh([host for host in hosts if not host.is_here])
     logs = Path(order.logs)
@@ -71,11 +76,14 @@ def over_ssh(order: Order, hosts: Sequence[Host], section: LauncherSection) -> l
 
 def _start_node(order: Order, host: Host, log: Path) -> Node:
     first = order.node == 0
-    command = [*PROGRAM, order.as_text()] if host.is_here else _ssh(host, shlex.join(PROGRAM))
     stdin = subprocess.PIPE if not host.is_here else None if first else subprocess.DEVNULL
-    with log.open("wb") as file:
-        output = None if first else file
-        process = subprocess.Popen(command, stdin=stdin, stdout=output, stderr=output, env=_environment(), start_new_session=True)
+    with log.open("wb") as file, tempfile.TemporaryFile() as letter:
+        output, number = None if first else file, letter.fileno()
+        letter.write(replace(order, environment={}).as_text().encode())
+        letter.flush()
+        command = [*PROGRAM, f"/dev/fd/{number}"] if host.is_here else _ssh(host, shlex.join(PROGRAM))
+        passed = (number,) if host.is_here else ()
+        process = subprocess.Popen(command, stdin=stdin, stdout=output, stderr=output, pass_fds=passed, env=_environment(), start_new_session=True)
     if process.stdin:
         process.stdin.write(order.as_text().encode() + b"\n")
         process.stdin.flush()
@@ -115,7 +123,9 @@ def through_srun(order: Order, hosts: Sequence[Host], section: LauncherSection) 
 
 def through_mpirun(order: Order, hosts: Sequence[Host], section: LauncherSection) -> list[Node]:
     exports = [word for name in order.environment for word in ("-x", name)]
-    return [_start_all("mpirun", ["-n", str(len(hosts)), "--host", ",".join(f"{host.name}:1" for host in hosts), *exports], order)]
+    node = _start_all("mpirun", ["-n", str(len(hosts)), "--host", ",".join(f"{host.name}:1" for host in hosts), *exports], order)
+    # mpirun answers SIGTERM with SIGKILL to all a second later, but passes this one on
+    return [replace(node, stop=signal.SIGUSR1) if order.name in GRACE else node]
 
 
 def _start_all(program: str, options: Sequence[str], order: Order) -> Node:

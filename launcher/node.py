@@ -1,4 +1,4 @@
-"""Runs one host's share of a job over several hosts: python -P node.py ORDER, or with the order as the first line of standard input.
+"""Runs one host's share of a job over several hosts: python -P node.py ORDER, the order or a file of it, or with it as the first line of standard input.
 
 An order holds all that the host needs by value, for it may share no file system with the host that sent it; the project and its packages must be installed.
 """
@@ -21,7 +21,7 @@ from launcher.job import Job, Meeting  # noqa: E402
 from launcher.worker import PARENT, die_with_launcher  # noqa: E402
 from megatron_lite.errors import LayoutError, UserError  # noqa: E402
 
-NODE_VARIABLES = ("SLURM_NODEID", "OMPI_COMM_WORLD_RANK")  # where srun or mpirun started us
+NODE_VARIABLES = ("OMPI_COMM_WORLD_RANK", "SLURM_NODEID")  # where mpirun, which may itself use srun, or srun started us
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class Order:
 def main() -> int:
     """Carries out the order and returns the exit code of this host's processes."""
     if len(sys.argv) > 1:
-        order = Order(**json.loads(sys.argv[1]))
+        word = sys.argv[1]
+        order = Order(**json.loads(word if word.startswith("{") else Path(word).read_text(encoding="utf-8")))
         if PARENT in os.environ:
             die_with_launcher()
     else:

@@ -26,7 +26,7 @@ from megatron_lite.config.sections import LauncherSection
 from megatron_lite.errors import UserError
 
 section = LauncherSection(launcher=sys.argv[1], master_addr="localhost", master_port=int(sys.argv[2]))
-job = Job("generate", Path("script.py"), ("small.yml", "top_k=3"), int(sys.argv[3]), Path("logs") / "job")
+job = Job(sys.argv[4], Path("script.py"), ("small.yml", "top_k=3"), int(sys.argv[3]), Path("logs") / "job")
 job.logs.mkdir(parents=True, exist_ok=True)
 try:
     sys.exit(run_on_hosts(find_hosts(Path("hosts"), section, devices=1), [Path("small.yml")], job, section))
@@ -50,10 +50,10 @@ def main(command):
 
 work(main, script="generate")
 """
-# ssh drops its options and the host's name; the file `refused` names hosts that do not answer
+# ssh drops its options, the host's name and a variable of the environment; the file `refused` names hosts that do not answer
 SSH = """while [ "${1#-}" != "$1" ]; do shift 2; done
 if grep -qsx "$1" refused; then echo "ssh: connect to host $1: No route to host" >&2; exit 255; fi
-shift; exec sh -c "$*"
+shift; exec env -u WANDB_API_KEY sh -c "$*"
 """
 # srun starts its words once for every task
 SRUN = """n=0; tasks=0
@@ -91,9 +91,9 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start(body: str, launcher: str = "pdsh", port: int | None = None) -> "subprocess.Popen[str]":
+def start(body: str, launcher: str = "pdsh", port: int | None = None, name: str = "generate") -> "subprocess.Popen[str]":
     Path("script.py").write_text(SCRIPT.format(root=str(ROOT), body="\n".join("    " + line for line in body.splitlines())))
-    command = [sys.executable, "drive.py", launcher, str(port or free_port()), "3"]
+    command = [sys.executable, "drive.py", launcher, str(port or free_port()), "3", name]
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -144,6 +144,53 @@ def test_sigterm_ends_the_processes_of_every_host(folder: Path) -> None:
     code, _, err = end(job)
     assert (code, err.splitlines()[-1]) == (143, "stopped by SIGTERM; logs: logs/job")
     assert all(gone(pid) for pid in workers())
+
+
+SAVER = """asked = []
+for number in (signal.SIGTERM, signal.SIGUSR1): signal.signal(number, lambda *_: asked.append(rank))
+Path(f'ready{rank}').touch()
+while not asked: time.sleep(0.01)
+"""
+
+
+def ask_to_stop(job: "subprocess.Popen[str]", *numbers: signal.Signals) -> None:
+    """Sends the signals as soon as all ranks listen."""
+    until = time.monotonic() + 40
+    while len(list(Path().glob("ready*"))) < 3:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    for number in numbers:
+        job.send_signal(number)
+        time.sleep(0.3)
+
+
+@pytest.mark.parametrize("numbers", [(signal.SIGTERM,), (signal.SIGUSR1, signal.SIGTERM)], ids=["SIGTERM", "SIGUSR1 and then SIGTERM"])
+def test_a_training_on_several_hosts_has_time_to_save_and_ends_with_75(folder: Path, numbers: tuple[signal.Signals, ...]) -> None:
+    job = start(SAVER + "time.sleep(9 * (rank == 2))\nPath(f'saved{rank}').touch()\nos._exit(75)", name="train")
+    ask_to_stop(job, *numbers)
+    assert end(job) == (75, "", "")
+    assert sorted(path.name for path in folder.glob("saved*")) == ["saved0", "saved1", "saved2"]
+
+
+def test_a_host_that_cannot_save_is_told_although_the_others_wait_for_it(folder: Path) -> None:
+    job = start(SAVER + "if rank == 2: raise DataError('out/: No space left on device')\ntime.sleep(60)", name="train")
+    ask_to_stop(job, signal.SIGTERM)
+    assert end(job) == (2, "", "worker-2: out/: No space left on device\n")
+    assert all(gone(pid) for pid in workers())
+
+
+def test_keys_reach_every_host_and_stand_on_no_command_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "secret-of-the-test")
+    job = start("Path(f'key{rank}').write_text(os.environ['WANDB_API_KEY'])\nwhile not Path('seen').exists(): time.sleep(0.01)")
+    while len(list(folder.glob("key*"))) < 3:
+        assert job.poll() is None
+        time.sleep(0.05)
+    lines = subprocess.run(["ps", "-eo", "args", "-ww"], capture_output=True, text=True, check=True).stdout
+    (folder / "seen").touch()
+    assert end(job) == (0, "", "")
+    assert "node.py" in lines
+    assert "secret-of-the-test" not in lines
+    assert [(folder / f"key{rank}").read_text() for rank in range(3)] == ["secret-of-the-test"] * 3
 
 
 def test_no_process_on_any_host_outlives_a_launcher_killed_with_sigkill(folder: Path) -> None:

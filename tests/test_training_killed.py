@@ -84,11 +84,13 @@ def test_killed_at_ten_moments_it_always_goes_on_with_the_same_losses(tmp_path: 
     assert losses(killed) == losses(whole)
 
 
-@pytest.mark.parametrize("to", ["the launcher", "a worker"])
-def test_sigterm_saves_and_leaves_nobody_behind(tmp_path: Path, to: str) -> None:
+@pytest.mark.parametrize(
+    ("number", "to"), [(signal.SIGTERM, "the launcher"), (signal.SIGTERM, "a worker"), (signal.SIGUSR1, "the launcher")], ids=lambda value: str(value)
+)
+def test_a_signal_saves_and_leaves_nobody_behind(tmp_path: Path, number: signal.Signals, to: str) -> None:
     process = start(write_training(tmp_path, train_iters=100000, eval_interval=1000), "pipe-parallel-size=2")
     workers = started(tmp_path, process)
-    os.kill(process.pid if to == "the launcher" else workers[1], signal.SIGTERM)
+    os.kill(process.pid if to == "the launcher" else workers[1], number)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 75, said
     assert "asked to stop; saved in" in said
