@@ -174,7 +174,7 @@ def test_settings_without_sense_get_a_sentence(tmp_path: Path, monkeypatch: pyte
 def test_labels_of_another_tokenizer_are_refused_before_training(tmp_path: Path) -> None:
     paths = {"train_data_paths": [data_set(tmp_path / "mine", 3, 1)], "train_label_data_paths": [data_set(tmp_path / "labels", 3, 700)]}
     with pytest.raises(DataError, match=r"labels holds the label id 700, but the model's vocabulary ends at 511; it was made with another tokenizer"):
-        opened(**paths)
+        opened(**paths)  # pyright: ignore[reportArgumentType]
 
 
 def test_data_of_another_tokenizer_is_refused_before_training(tmp_path: Path) -> None:
