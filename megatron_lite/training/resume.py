@@ -70,7 +70,7 @@ def _states(path: Path) -> dict[str, dict[str, Tensor]]:
 
 def restore_loss_scale(engine: Engine, stored: Mapping[str, float]) -> None:
     """Only where the scale was dynamic and is so now: another number format has a scale of 1, which is none to begin fp16 with."""
-    if stored.keys() == loss_scaler_of(engine).keys():
+    if stored and stored.keys() == loss_scaler_of(engine).keys():
         vars(engine.deepspeed.optimizer.loss_scaler).update(stored)
 
 
