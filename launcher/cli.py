@@ -20,7 +20,9 @@ def main(words: Sequence[str]) -> int:
             return show_plan(command)
         script = script_file(command.script)
         if is_one_of_several():
-            raise ConfigError(f"deepy.py starts one process per device itself; start it once, or let torchrun or srun start {script.name} with the same words")
+            raise ConfigError(
+                f"deepy.py starts one process per device itself; start it once, or let torchrun, mpirun or srun start {script.name} with the same words"
+            )
         from launcher.run import settle, show, start
 
         run = settle(command)

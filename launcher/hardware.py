@@ -18,6 +18,8 @@ FOUND = {
     "process": ("was started", "were started"),
 }
 MIB = 1 << 20
+BUS = "PCI_BUS_ID"
+"""CUDA_DEVICE_ORDER as nvidia-smi counts, whose list plans are made of. CUDA by itself puts the fastest first."""
 QUERY = ("nvidia-smi", "--query-gpu=index,uuid,name,memory.free", "--format=csv,noheader,nounits")
 
 
@@ -80,8 +82,20 @@ def find_hardware(environment: Mapping[str, str] = os.environ) -> Hardware:
     if gpus and not _torch_has_cuda():
         gpus, remark = (), f"{len(gpus)} GPUs found, but the installed torch is a CPU build; install torch for CUDA to use them"
     if gpus:
-        return Hardware("GPU", gpus)
+        return as_planned(gpus, listing, environment)
     return Hardware("CPU", (Device("CPU core"),) * len(os.sched_getaffinity(0)), memory=_available_memory(), remark=remark)
+
+
+def as_planned(gpus: tuple[Device, ...], listing: str, environment: Mapping[str, str]) -> Hardware:
+    """These GPUs of nvidia-smi's listing, which processes are to see in the same order although somebody asks CUDA to count GPUs that differ in another."""
+    order, visible = environment.get("CUDA_DEVICE_ORDER", BUS), environment.get("CUDA_VISIBLE_DEVICES", "")
+    is_reordered = order != BUS and len({gpu.name for gpu in visible_gpus(listing, None)}) > 1
+    if is_reordered and any(word.strip().isdecimal() for word in visible.split(",")):
+        raise LayoutError(
+            f"CUDA_DEVICE_ORDER={order} counts GPUs that differ otherwise than nvidia-smi, so that CUDA_VISIBLE_DEVICES={visible} may mean others than are "
+            f"planned for; set CUDA_DEVICE_ORDER={BUS}, or name the GPUs by their UUIDs"
+        )
+    return Hardware("GPU", gpus, is_choice=is_reordered)
 
 
 def _gpu_listing() -> tuple[str, str]:

@@ -1,7 +1,8 @@
-"""Which place among the processes this one has: RANK and its kin as torchrun and deepy set them, filled in where SLURM's srun started us."""
+"""Which place among the processes this one has: RANK and its kin as torchrun and deepy set them, filled in where mpirun or SLURM's srun started us."""
 
 import os
 import re
+import zlib
 from collections.abc import Mapping, MutableMapping
 
 from megatron_lite.errors import LayoutError
@@ -10,21 +11,49 @@ FIRST_PORT, PORTS = 20000, 12000  # below the range that systems hand out on the
 
 
 def fill_environment(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT from SLURM's variables, if nobody set RANK and this is a step of several tasks."""
-    if "RANK" in environment or _tasks(environment) == 1:
+    """Sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT from Open MPI's or SLURM's variables, if nobody set RANK and this is one of several."""
+    if "RANK" in environment:
         return
-    environment.update(
-        RANK=environment["SLURM_PROCID"],
-        WORLD_SIZE=str(_tasks(environment)),
-        LOCAL_RANK=environment.get("SLURM_LOCALID", "0"),
-        MASTER_ADDR=environment.get("MASTER_ADDR") or _first_address(environment),
-        MASTER_PORT=environment.get("MASTER_PORT") or str(_port(environment)),
-    )
+    if _started_by_mpirun(environment) > 1:  # before SLURM's, for mpirun may itself use srun
+        environment.update(_place_in_mpi(environment))
+    elif _tasks(environment) > 1:
+        environment.update(_place_in_step(environment))
+
+
+def _place_in_mpi(environment: Mapping[str, str]) -> dict[str, str]:
+    size, here = environment["OMPI_COMM_WORLD_SIZE"], environment.get("OMPI_COMM_WORLD_LOCAL_SIZE")
+    if size != here and "MASTER_ADDR" not in environment:
+        raise LayoutError(
+            f"mpirun started {size} processes, {here} of them here, and none knows where rank 0 is; add -x MASTER_ADDR=HOST, or start deepy.py -H"
+        )
+    name = environment.get("PMIX_NAMESPACE") or environment.get("OMPI_MCA_ess_base_jobid") or ""  # of the job, alike in all its processes
+    return {
+        "RANK": environment["OMPI_COMM_WORLD_RANK"],
+        "WORLD_SIZE": size,
+        "LOCAL_RANK": environment["OMPI_COMM_WORLD_LOCAL_RANK"],
+        "MASTER_ADDR": environment.get("MASTER_ADDR") or "localhost",
+        "MASTER_PORT": environment.get("MASTER_PORT") or str(FIRST_PORT + zlib.crc32(name.encode()) % PORTS),
+    }
+
+
+def _place_in_step(environment: Mapping[str, str]) -> dict[str, str]:
+    return {
+        "RANK": environment["SLURM_PROCID"],
+        "WORLD_SIZE": str(_tasks(environment)),
+        "LOCAL_RANK": environment.get("SLURM_LOCALID", "0"),
+        "MASTER_ADDR": environment.get("MASTER_ADDR") or _first_address(environment),
+        "MASTER_PORT": environment.get("MASTER_PORT") or str(_port(environment)),
+    }
 
 
 def is_one_of_several(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether torchrun or srun started this process among others."""
-    return "RANK" in environment or _tasks(environment) > 1
+    """Whether torchrun, mpirun or srun started this process among others."""
+    return "RANK" in environment or _started_by_mpirun(environment) > 1 or _tasks(environment) > 1
+
+
+def _started_by_mpirun(environment: Mapping[str, str]) -> int:
+    """How many processes Open MPI started together with this one."""
+    return int(environment.get("OMPI_COMM_WORLD_SIZE", "1"))
 
 
 def _tasks(environment: Mapping[str, str]) -> int:

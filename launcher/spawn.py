@@ -10,6 +10,7 @@ from pathlib import Path
 from signal import Signals
 
 from launcher.failure import verdict
+from launcher.hardware import BUS
 from launcher.job import Job
 from launcher.worker import PARENT
 from megatron_lite.errors import INTERRUPTED, OutputError
@@ -44,6 +45,7 @@ def spawn(job: Job) -> int:
     os.environ[PARENT] = str(os.getpid())
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // job.processes)))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its remarks about sockets help nobody
+    os.environ.setdefault("CUDA_DEVICE_ORDER", BUS)
     from launcher.agent import run_agent
 
     with kept_terminal():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.hardware import Device, Hardware, find_hardware, visible_gpus
+from launcher.hardware import Device, Hardware, as_planned, find_hardware, visible_gpus
 from megatron_lite.errors import LayoutError
 
 LISTING = "0, GPU-aaaa-1, NVIDIA H100 80GB HBM3, 81000\n1, GPU-bbbb-2, NVIDIA H100 80GB HBM3, 40000\n2, GPU-cccc-3, NVIDIA GB10, [N/A]\n"
@@ -51,6 +51,20 @@ def test_gpus_are_listed_with_name_and_free_memory_if_torch_can_use_them(tmp_pat
     else:
         assert hardware.devices == (H100, HALF, UNKNOWN)
         assert hardware.found == "3 GPUs found"
+
+
+def test_gpus_that_differ_keep_the_plans_order_where_cuda_would_count_otherwise() -> None:
+    def shown(listing: str, **environment: str) -> dict[str, str]:
+        return as_planned(visible_gpus(listing, environment.get("CUDA_VISIBLE_DEVICES")), listing, environment).environment()
+
+    alike = LISTING.partition("\n2")[0]
+    assert shown(LISTING) == shown(LISTING, CUDA_DEVICE_ORDER="PCI_BUS_ID", CUDA_VISIBLE_DEVICES="1,0") == {}
+    assert shown(alike, CUDA_DEVICE_ORDER="FASTEST_FIRST", CUDA_VISIBLE_DEVICES="1") == {}
+    assert shown(LISTING, CUDA_DEVICE_ORDER="FASTEST_FIRST") == {"CUDA_VISIBLE_DEVICES": "GPU-aaaa-1,GPU-bbbb-2,GPU-cccc-3"}
+    with pytest.raises(
+        LayoutError, match=r"CUDA_DEVICE_ORDER=FASTEST_FIRST counts .* CUDA_VISIBLE_DEVICES=0,1 may mean others .* CUDA_DEVICE_ORDER=PCI_BUS_ID"
+    ):
+        shown(LISTING, CUDA_DEVICE_ORDER="FASTEST_FIRST", CUDA_VISIBLE_DEVICES="0,1")
 
 
 def test_a_driver_that_does_not_work_is_remarked_and_cores_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

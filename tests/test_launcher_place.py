@@ -1,4 +1,4 @@
-"""A process's place among the others, as SLURM's variables tell it."""
+"""A process's place among the others, as SLURM's and Open MPI's variables tell it."""
 
 import pytest
 
@@ -7,9 +7,13 @@ from megatron_lite.errors import LayoutError
 
 STEP = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "4217", "SLURM_STEP_ID": "0", "SLURM_JOB_NODELIST": "gpu[03-04]"}
 
+MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "4", "PMIX_NAMESPACE": "7@1"}
+
 
 def test_a_process_knows_whether_it_is_one_of_several() -> None:
     assert is_one_of_several(STEP)
+    assert is_one_of_several(MPI)
+    assert not is_one_of_several({**MPI, "OMPI_COMM_WORLD_SIZE": "1"})
     assert is_one_of_several({"RANK": "0", "WORLD_SIZE": "1"})
     assert not is_one_of_several({})
     assert not is_one_of_several({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"})
@@ -25,6 +29,22 @@ def test_srun_fills_in_the_ranks_and_the_meeting_place() -> None:
         "MASTER_ADDR": "gpu03",
     }
     assert 20000 <= int(environment["MASTER_PORT"]) < 32000
+
+
+def test_mpirun_fills_in_the_ranks_even_where_it_uses_srun() -> None:
+    environment = {**STEP, **MPI}
+    fill_environment(environment)
+    assert [environment[key] for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")] == ["1", "4", "1", "localhost"]
+    assert 20000 <= int(environment["MASTER_PORT"]) < 32000
+
+
+def test_mpirun_on_several_hosts_must_be_told_where_rank_0_is() -> None:
+    environment = {**MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
+    with pytest.raises(LayoutError, match=r"mpirun started 4 processes, 2 of them here, and none knows where rank 0 is; add -x MASTER_ADDR=HOST"):
+        fill_environment(environment)
+    environment["MASTER_ADDR"] = "gpu03"
+    fill_environment(environment)
+    assert (environment["RANK"], environment["MASTER_ADDR"]) == ("1", "gpu03")
 
 
 def test_every_task_derives_the_same_port_and_another_job_another() -> None:

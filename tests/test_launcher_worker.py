@@ -33,7 +33,9 @@ work(main, script="generate")
 
 @pytest.fixture
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in [name for name in os.environ if name.startswith(("SLURM_", "TORCHELASTIC_", "DEEPY_")) or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]:
+    for name in [
+        name for name in os.environ if name.startswith(("SLURM_", "OMPI_", "TORCHELASTIC_", "DEEPY_")) or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    ]:
         monkeypatch.delenv(name)
     path = tmp_path / "script.py"
     path.write_text(SCRIPT)
@@ -110,7 +112,7 @@ def test_deepy_itself_is_not_to_be_started_by_torchrun(script: Path) -> None:
     ended = run(ROOT / "deepy.py", "generate.py", RANK="0", WORLD_SIZE="2")
     assert (ended.returncode, ended.stderr) == (
         2,
-        "deepy.py starts one process per device itself; start it once, or let torchrun or srun start generate.py with the same words\n",
+        "deepy.py starts one process per device itself; start it once, or let torchrun, mpirun or srun start generate.py with the same words\n",
     )
 
 

@@ -134,6 +134,16 @@ def test_a_worker_that_starts_after_its_launcher_ended_ends_too(launch: Launch, 
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 137
 
 
+@pytest.mark.parametrize(("set_by_user", "seen"), [(None, "PCI_BUS_ID"), ("FASTEST_FIRST", "FASTEST_FIRST")])
+def test_every_process_counts_gpus_as_nvidia_smi_does(launch: Launch, monkeypatch: pytest.MonkeyPatch, set_by_user: str | None, seen: str) -> None:
+    monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
+    if set_by_user:
+        monkeypatch.setenv("CUDA_DEVICE_ORDER", set_by_user)
+    launcher = launch("print(os.environ['CUDA_DEVICE_ORDER'])")
+    assert launcher.end() == 0
+    assert (launcher.output(), launcher.log(1)) == (f"{seen}\n", f"{seen}\n")
+
+
 SAVER = """asked = []
 for number in (signal.SIGTERM, signal.SIGUSR1): signal.signal(number, lambda *_: asked.append(rank))
 Path(f'ready{rank}').touch()
