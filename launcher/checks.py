@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import cast
 
 from launcher.plan import Demand
@@ -100,8 +101,18 @@ def check_training_data(config: RunConfig) -> None:
             raise DataError(f"there are no training data {path}: neither a file of texts nor {path.name}.bin with {path.name}.idx")
 
 
+def needs(package: str, script: str) -> Check:
+    """Whether a package that a script is made of is installed: generation needs less than the others."""
+
+    def check(config: RunConfig) -> None:
+        if find_spec(package) is None:
+            raise ConfigError(f"{script} needs the package {package}; run `pip install -c requirements/constraints.txt -r requirements/requirements.txt`")
+
+    return check
+
+
 CHECKS: dict[str, tuple[Check, ...]] = {
     "generate": (check_prompts, check_output, check_checkpoint),
-    "train": (check_beginning, check_training_data, check_tasks_of_training),
-    "evaluate": (check_tasks, check_results, check_checkpoint),
+    "train": (needs("deepspeed", "train.py"), check_beginning, check_training_data, check_tasks_of_training),
+    "evaluate": (needs("lm_eval", "evaluate.py"), check_tasks, check_results, check_checkpoint),
 }

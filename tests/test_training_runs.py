@@ -10,9 +10,13 @@ import torch
 
 import megatron_lite.training.train as loop
 from megatron_lite.checkpoint.find import find_checkpoint
+from megatron_lite.errors import OutputError
 from megatron_lite.parallel.layout import Layout
+from megatron_lite.parallel.mesh import Mesh
+from megatron_lite.training import folders
 from megatron_lite.training.engine import Engine
 from tests.training_runs import losses, metrics, trained, write_training
+from tests.worlds import forked
 
 TRAIN_KEYS = {
     "train/lm_loss",
@@ -158,3 +162,16 @@ def test_a_check_takes_two_steps_and_leaves_no_checkpoint(tmp_path: Path, capfd:
 def test_what_cannot_be_trained_is_refused_in_a_sentence(tmp_path: Path, settings: dict[str, object], sentence: str) -> None:
     (found,) = trained(write_training(tmp_path, **settings))
     assert sentence in str(found)
+
+
+def test_two_trainings_do_not_save_in_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folders, "PATIENCE", 0.3)
+    folders.hold(tmp_path)
+
+    def other(mesh: Mesh) -> str:
+        with pytest.raises(OutputError) as refused:
+            folders.hold(tmp_path)
+        return str(refused.value)
+
+    assert forked(Layout(), other) == [f"another training saves in {tmp_path} already; wait for its end, or set save to another folder"]
+    folders.hold(tmp_path)  # one that holds it may go on there

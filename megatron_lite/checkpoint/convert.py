@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -108,8 +109,9 @@ def appearing(folder: Path) -> Iterator[Path]:
         if folder.exists():
             folder.rmdir()
         partial.replace(folder)
-    except OSError as error:
-        raise OutputError(f"{partial} cannot be written: {error.strerror or error}; free some space or choose another folder") from None
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"{partial} cannot be written: {reason}; free some space or choose another folder") from None
 
 
 def _single(rule: Rule) -> Rule:

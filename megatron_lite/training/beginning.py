@@ -10,7 +10,7 @@ from megatron_lite.errors import CheckpointError, ConfigError
 from megatron_lite.log import logger
 from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.run import Run
-from megatron_lite.training.folders import recover, step_of
+from megatron_lite.training.folders import hold, recover, step_of
 
 Beginning = Literal["new weights", "weights of a checkpoint", "a training that goes on"]
 
@@ -22,6 +22,7 @@ def tidy(config: RunConfig, mesh: Mesh) -> None:
     if save is None:
         return
     if mesh.is_writer:
+        hold(save)
         recover(save)
     mesh.wait()  # whether the folder is there: one that is quick may have made it before another looks
     steps = sorted(step for path in save.glob("global_step*") if (step := step_of(path)) is not None)

@@ -1,13 +1,42 @@
 """Folders of checkpoints: drafts that get their name when they are complete, and what a killed run leaves behind."""
 
+import fcntl
 import shutil
+import tempfile
+import time
+from hashlib import sha256
 from pathlib import Path
+from typing import IO
 
 from megatron_lite.checkpoint.write import name_latest
 from megatron_lite.errors import CheckpointError, OutputError
 from megatron_lite.training.manifest import check_sizes, sync
 
 DRAFT, REPLACED = ".draft", ".replaced"
+PATIENCE = 10.0
+"""Seconds in which a training that was killed is surely gone."""
+HELD: list[IO[str]] = []
+"""Files that are locked as long as this process lives."""
+
+
+def hold(folder: Path) -> None:
+    """Keeps other trainings of this host out of the folder while this process lives. Raises OutputError where one is in it."""
+    path = Path(tempfile.gettempdir()) / f"deepy-{sha256(str(folder.resolve()).encode()).hexdigest()[:16]}.lock"
+    try:
+        file = path.open("a")
+    except OSError:  # another user's, whose folder this is not
+        return
+    HELD.append(file)
+    ends = time.monotonic() + PATIENCE
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            if time.monotonic() > ends:
+                raise OutputError(f"another training saves in {folder} already; wait for its end, or set save to another folder") from None
+            time.sleep(0.2)
+        else:
+            return
 
 
 def step_of(path: Path) -> int | None:

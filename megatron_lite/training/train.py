@@ -43,7 +43,8 @@ def run_training(training: Training, uses: Uses = NOBODY, *, give_up: GiveUp = g
     """Trains to the end, or says that there is nothing to do."""
     config, done, steps = training.config, training.progress.iteration, training.recipe.steps
     if done >= steps:
-        logger.info(f"nothing to train: {config.checkpoint.load} is at step {done}, and train_iters is {steps}; raise it, or set finetune: true")
+        folder = config.checkpoint.lora_load if config.training.lora else config.checkpoint.load
+        logger.info(f"nothing to train: {folder} is at step {done}, and train_iters is {steps}; raise it, or set finetune: true")
         return
     if training.recipe.zero_stage == 3:
         if config.evaluation.eval_tasks:
