@@ -14,7 +14,7 @@ from megatron_lite.inference.kernels.kernel import Launch, watched
 from megatron_lite.inference.warm import warm_up
 from megatron_lite.parallel.mesh import single_mesh
 from megatron_lite.run import load_stage
-from tests.test_warm import CONTEXT, ROWS, key, run_of, serve, stepper_of
+from tests.warmed import CONTEXT, ROWS, key, run_of, serve, stepper_of
 
 
 class Elsewhere:
