@@ -78,7 +78,7 @@ def test_a_training_s_plan_is_within_a_tenth_of_the_tensors_that_are_alive(layou
         assert plan.total == pytest.approx(peak, rel=0.1)
 
 
-@pytest.mark.parametrize("recompute", [0, 1])
+@pytest.mark.parametrize("recompute", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_plan_for_adapters_is_within_a_tenth_too(recompute: int) -> None:
     """Beside weights in 8 bits as well, which save what they are smaller by: no matrix that is made of them stays for the backward pass."""
     ((whole, plan),) = measured(Layout(), "bfloat16", zero=1, recompute=recompute, lora=EVERYWHERE)
