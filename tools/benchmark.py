@@ -23,6 +23,7 @@ from megatron_lite.benchmark.words import Options, parse  # noqa: E402
 from megatron_lite.config.load import load_config  # noqa: E402
 from megatron_lite.config.sections import RunConfig  # noqa: E402
 from megatron_lite.errors import OutputError, UserError  # noqa: E402
+from megatron_lite.inference.decoders import MOST_ROWS  # noqa: E402
 from megatron_lite.log import logger, set_up_logging  # noqa: E402
 from megatron_lite.parallel.mesh import Mesh  # noqa: E402
 
@@ -73,7 +74,9 @@ def prefill(options: Options) -> None:
 
 def generate(options: Options) -> None:
     mixture = Mixture(options.prompts, options.lengths, options.new, options.seed)
-    wanted = GenerateOptions(mixture=mixture, rows=options.rows, peer_prompts=options.peer_prompts, peer=options.peer is not None, folder=options.peer_folder)
+    wanted = GenerateOptions(
+        mixture=mixture, rows=options.rows or MOST_ROWS, peer_prompts=options.peer_prompts, peer=options.peer is not None, folder=options.peer_folder
+    )
     with opened(options) as bench:
         tell(options, bench.mesh, bench_facts(bench), measure_generation(bench, wanted))
 

@@ -94,7 +94,7 @@ def _generate_words(parser: argparse.ArgumentParser, run: Run) -> None:
     parser.add_argument("--lengths", type=span, default=(5, 1500), metavar="LOW-HIGH", help="tokens of a prompt, log-uniform (default 5-1500)")
     parser.add_argument("--new", type=span, default=(16, 256), metavar="LOW-HIGH", help="new tokens, log-uniform (default 16-256)")
     parser.add_argument("--seed", type=int, default=0, help="other prompts (default %(default)s)")
-    parser.add_argument("--rows", type=positive, default=192, help="rows that share a step (default %(default)s)")
+    parser.add_argument("--rows", type=positive, help="rows that share a step (default: as many as generate.py takes)")
     parser.add_argument("--peer-prompts", type=positive, default=128, help="prompts that transformers continues, the first ones (default %(default)s)")
 
 

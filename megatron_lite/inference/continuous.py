@@ -55,6 +55,11 @@ class Group:
     flights: deque[Flight[Served]] = field(default_factory=deque)
 
 
+def in_a_group(rows: int, groups: int) -> int:
+    """The most rows of one of so many groups, of which none is empty."""
+    return -(-rows // min(rows, groups))
+
+
 class ContinuousDecoder:
     """Continues prompts with one model. Every rank calls it with the same requests and gets the same completions. `rows` prompts with texts of up to `context`
     tokens share the steps, of which `tokens` are read at once; a pipeline works on `groups` of them, or on as many as it has stages."""
@@ -68,7 +73,7 @@ class ContinuousDecoder:
         self.courier = Courier(self.device)
         self.free = FreePages(stepper.pages)
         count = min(rows, groups or stepper.mesh.pp.size)
-        self.most = -(-rows // count)  # in a group
+        self.most = in_a_group(rows, count)
         self.groups = [Group(Slots.empty(self.most, longest=context, device=self.device), Rules.of([], device=self.device)) for _ in range(count)]
 
     @torch.inference_mode()
@@ -142,7 +147,7 @@ class ContinuousDecoder:
     def _read(self, group: Group, coming: list[Served]) -> None:
         for row in coming:
             row.pages = self.free.take(row.needs)
-        rules = self._rules_of(coming)
+        rules = self._drawn(self._rules_of(coming), coming)
         arrival = self.stepper.read([row.request.tokens for row in coming], [row.pages for row in coming], rules)
         for row in coming:
             row.begun = 1
@@ -152,8 +157,7 @@ class ContinuousDecoder:
 
     def _step(self, group: Group) -> None:
         """One more token for every row."""
-        rules = group.rules if group.rules.is_greedy else group.rules.at(self._draws(group.rows))
-        arrival = self.stepper.advance(group.slots, len(group.rows), rules)
+        arrival = self.stepper.advance(group.slots, len(group.rows), self._drawn(group.rules, group.rows))
         for row in group.rows:
             row.begun += 1
         group.flights.append(self.courier.send(group.rows, arrival))
@@ -174,11 +178,11 @@ class ContinuousDecoder:
         group.rows, group.rules = kept, self._rules_of(kept)
 
     def _rules_of(self, rows: Sequence[Served]) -> Rules:
-        rules = Rules.of([row.request for row in rows], device=self.device)
-        return rules if rules.is_greedy else rules.at(self._draws(rows))
+        return Rules.of([row.request for row in rows], device=self.device)
 
-    def _draws(self, rows: Sequence[Served]) -> Tensor:
-        return to_device([float(row.draws[row.begun]) for row in rows], self.device, torch.float64)
+    def _drawn(self, rules: Rules, rows: Sequence[Served]) -> Rules:
+        """The rules with the numbers by which the rows' next tokens are drawn."""
+        return rules if rules.is_greedy else rules.at(to_device([float(row.draws[row.begun]) for row in rows], self.device, torch.float64))
 
     def _land(self, group: Group, watch: Watch | None) -> Iterator[Row]:
         """Takes down the tokens; rows that end are yielded, and make room. What the device found for a row behind its end is forgotten."""

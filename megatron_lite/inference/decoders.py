@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal, Protocol
 
+import torch
+
 from megatron_lite.errors import FitError
-from megatron_lite.inference.continuous import ContinuousDecoder
+from megatron_lite.inference.continuous import ContinuousDecoder, in_a_group
 from megatron_lite.inference.decode import Decoder
 from megatron_lite.inference.paged import page_bytes, pages_for
 from megatron_lite.inference.request import Codec, Completion, Request
@@ -51,31 +53,40 @@ class Load:
         """Groups of rows that a pipeline works on: one for every stage, or all rows in one, which one stage after the other works on."""
         return stages if self.schedule == "in-flight" else 1
 
+    def at_once(self, stages: int) -> int:
+        """Rows that are served at once on GPUs: as many as are wanted, and as steps are captured for."""
+        from megatron_lite.inference.captured import SIZES
+
+        return min(self.rows or MOST_ROWS, SIZES[-1] * self.groups(stages))
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether ours serve this device."""
+    return device.type == "cuda" and find_spec("triton") is not None  # which comes with torch on Linux
+
 
 def prepare_for(run: Run, load: Load) -> None:
     """Begins what the decoder of this run can do before the weights are there."""
-    if run.mesh.device.type == "cuda" and find_spec("triton"):
-        from megatron_lite.inference.captured import SIZES
+    if has_kernels(run.mesh.device):
         from megatron_lite.inference.warm import warm_up
 
-        groups = load.groups(run.mesh.pp.size)
-        rows = min(load.rows or MOST_ROWS, SIZES[-1] * groups)
-        warm_up(run, rows=-(-rows // min(rows, groups)), context=load.context)
+        stages = run.mesh.pp.size
+        warm_up(run, rows=in_a_group(load.at_once(stages), load.groups(stages)), context=load.context)
 
 
 def decoder_for(stage: Stage, spec: ModelSpec, tokenizer: Codec, load: Load) -> Completer:
     """The fastest decoder for this device."""
-    if stage.mesh.device.type == "cuda" and find_spec("triton"):  # which comes with torch on Linux
+    if has_kernels(stage.mesh.device):
         return continuous_decoder(stage, spec, tokenizer, load)
     return Decoder(stage, spec, tokenizer, context=load.context, rows=load.rows)
 
 
 def continuous_decoder(stage: Stage, spec: ModelSpec, tokenizer: Codec, load: Load) -> ContinuousDecoder:
     """Serves as many rows at once as are wanted, and as fit in memory."""
-    from megatron_lite.inference.captured import SIZES, CapturedStepper
+    from megatron_lite.inference.captured import CapturedStepper
 
-    groups, longest = load.groups(stage.mesh.pp.size), load.tokens or load.context
-    rows = min(load.rows or MOST_ROWS, SIZES[-1] * groups)
+    stages, longest = stage.mesh.pp.size, load.tokens or load.context
+    groups, rows = load.groups(stages), load.at_once(stages)
     pages = min(1 + rows * pages_for(longest), _pages_that_fit(stage, spec, longest))
     stepper = CapturedStepper(stage, spec, words=tokenizer.vocab_size, pages=pages)
     tokens = max(longest, min(MOST_TOKENS, least(stage.mesh, free_memory(stage.mesh.device) // 2 * longest // _reading(stage, spec, longest))))
