@@ -1,6 +1,6 @@
 """What this machine can do at best, measured in the same run as what is held against it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_lite.benchmark.clock import median_seconds, seconds_a_call, seconds_of
+from megatron_lite.benchmark.clock import median_seconds, seconds_a_call
 from megatron_lite.benchmark.table import Row
 from megatron_lite.models.spec import BYTES, ModelSpec
 from megatron_lite.parallel.mesh import Mesh
@@ -31,7 +31,8 @@ class Ceilings:
     @classmethod
     def of(cls, device: torch.device, dtype: torch.dtype) -> "Ceilings":
         stream = read_only(device) if device.type == "cuda" and find_spec("triton") else read_stream(device, dtype)
-        return cls(stream, *matrix_product(device, dtype))
+        product = matrix_product(device, dtype)
+        return cls(stream, product, lasting_product(device, dtype, product))
 
     def rows(self, device: torch.device, dtype: torch.dtype) -> list[Row]:
         name, size = str(dtype).removeprefix("torch."), product_size(device)
@@ -65,15 +66,26 @@ def product_size(device: torch.device) -> int:
     return 8192 if device.type == "cuda" else 512
 
 
-def matrix_product(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """Operations/s of a large product of random matrices: for a moment, and behind a second of them."""
+def matrix_product(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations/s of a large product of random matrices, for a moment."""
+    return _operations(device) / median_seconds(_product(device, dtype), device, times=9)
+
+
+def lasting_product(device: torch.device, dtype: torch.dtype, brief: float) -> float:
+    """The same behind a second of them; `brief` is the rate for a moment."""
+    work, count = _product(device, dtype), max(1, int((1.0 if device.type == "cuda" else 0.05) * brief / _operations(device)))
+    seconds = median_seconds(lambda: [work() for _ in range(count)], device, times=1)
+    return _operations(device) * count / seconds
+
+
+def _operations(device: torch.device) -> int:
+    return 2 * product_size(device) ** 3
+
+
+def _product(device: torch.device, dtype: torch.dtype) -> Callable[[], Tensor]:
     size = product_size(device)
     one, other = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    brief = median_seconds(lambda: one @ other, device, times=9)
-    count = max(1, int((1.0 if device.type == "cuda" else 0.05) / brief))
-    seconds_of(lambda: [one @ other for _ in range(count)], device)
-    lasting = seconds_of(lambda: [one @ other for _ in range(count)], device) / count
-    return 2 * size**3 / brief, 2 * size**3 / lasting
+    return lambda: one @ other
 
 
 def copy_rate(device: torch.device) -> float:

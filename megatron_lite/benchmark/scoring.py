@@ -48,7 +48,7 @@ def measure_scoring(config: RunConfig, data: Path, *, documents: int | None, pee
     tasks = [make(data, load_tokenizer(config.tokenizer)).first(documents) for make in (lambada, piqa)]
     header: Line = ("what", "documents", "seconds", "documents/s", "TFLOP/s")
     with open_run(config) as run:
-        ceiling, _ = matrix_product(run.mesh.device, torch.float16 if run.mesh.device.type == "cuda" else torch.float32)
+        ceiling = matrix_product(run.mesh.device, torch.float16 if run.mesh.device.type == "cuda" else torch.float32)
         rows = peer_rows(run, tasks, peer) if peer else our_rows(run, tasks)
         limit: Line = ("8192^3 matrix product", "", "", "", f"{ceiling / 1e12:.0f}")
         table = [header, *rows, limit]

@@ -104,7 +104,8 @@ def project(
     rows, width = x.shape[1:]
     first, second = weights
     each = len(first) // plan.copies[0], len(second) // plan.copies[1]
-    tiles = within(tiles or _tiles(rows, first, outputs=len(first) + len(second)), *each if max(plan.copies) > 1 else ())
+    several = [outputs for outputs, copies in zip(each, plan.copies, strict=True) if copies > 1]
+    tiles = within(tiles or _tiles(rows, first, outputs=len(first) + len(second)), *several)
     blocks = triton.cdiv(len(first), tiles.outputs) + triton.cdiv(len(second), tiles.outputs)
     _project[(blocks,)](
         x, first, x if biases[0] is None else biases[0], outs[0], second, x if biases[1] is None else biases[1], outs[1], *(scales or weights),
