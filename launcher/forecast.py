@@ -8,7 +8,7 @@ from launcher.command import ALIASES, Command
 from launcher.demand import LORA, training_of
 from launcher.hardware import Hardware, find_hardware
 from launcher.plan import Plan
-from launcher.planner import Planner, plan_anyway, plan_generation, remedy, vocabulary_entries
+from launcher.planner import USUAL_ENTRIES, Planner, plan_anyway, plan_generation, remedy, vocabulary_entries
 from launcher.replicas import plan_evaluation
 from launcher.speed import Speed, card_of, decoding, load_seconds, scoring, training
 from launcher.train_plan import TrainPlanner, words_for
@@ -19,7 +19,6 @@ from megatron_lite.errors import ConfigError, FitError, LayoutError, TokenizerEr
 from megatron_lite.models.spec import ModelSpec
 
 WORKS = {"generate": ("generation",), "evaluate": ("evaluation",), "train": ("full training", "LoRA")}
-USUAL_ENTRIES = 50277  # of the tokenizer of 20B and Pythia: what is reckoned with before the tokenizer is there
 
 
 @dataclass(frozen=True)

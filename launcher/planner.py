@@ -15,6 +15,7 @@ from megatron_lite.models.memory import generation_footprint
 from megatron_lite.models.spec import DTYPES, DType, ModelSpec, spec_of
 from megatron_lite.parallel.layout import Layout
 
+USUAL_ENTRIES = 50277  # of the tokenizer of 20B and Pythia: what is reckoned with before the tokenizer is there
 MOST_DEVICES = 256  # nobody wants to hear that more would be needed
 MOST_ROWS = 1024  # nor that more would fit
 

@@ -12,7 +12,7 @@ from launcher.hardware import Hardware
 from launcher.job import Job
 from launcher.multinode import run_on_hosts
 from launcher.plan import Plan
-from launcher.planner import plan_anyway, plan_generation, plan_settings, vocabulary_entries
+from launcher.planner import USUAL_ENTRIES, plan_anyway, plan_generation, plan_settings, vocabulary_entries
 from launcher.replicas import plan_evaluation, with_replicas
 from launcher.show import describe_devices, show_run
 from launcher.site import Site, find_site
@@ -24,7 +24,6 @@ from megatron_lite.data.jsonl import trim_cut_line
 from megatron_lite.errors import FitError, LayoutError, UserError
 
 LOGS = Path("logs")  # where log_dir is silent
-USUAL_ENTRIES = 50277  # of the tokenizer of 20B and Pythia: what a dry run reckons with before the tokenizer is there
 T = TypeVar("T")
 
 

@@ -8,7 +8,7 @@ from launcher.demand import Change, changes_for, training_of
 from launcher.fit import check_layout, layouts_for, replicate
 from launcher.hardware import Hardware
 from launcher.plan import ITSELF, Plan, gigabytes, weigh_training, with_note
-from launcher.planner import Planner
+from launcher.planner import MOST_DEVICES, Planner
 from megatron_lite.config.precision import check_trainable
 from megatron_lite.config.sections import RunConfig
 from megatron_lite.errors import FitError
@@ -16,7 +16,6 @@ from megatron_lite.models.spec import DTYPES, ModelSpec
 from megatron_lite.models.training_memory import training_footprint
 from megatron_lite.parallel.layout import Layout
 
-MOST_DEVICES = 256
 REMEDIES = 4
 
 

@@ -1,6 +1,7 @@
 """What a training begins with: new weights, those of a checkpoint, or a training that goes on; and that it overwrites no other one."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 from megatron_lite.checkpoint.adapters import find_adapters
@@ -15,9 +16,14 @@ from megatron_lite.training.folders import hold, recover, step_of
 Beginning = Literal["new weights", "weights of a checkpoint", "a training that goes on"]
 
 
+def goes_on_from(config: RunConfig) -> tuple[str, Path | None]:
+    """The setting that names the folder of a training that goes on, and the folder."""
+    return ("lora_load", config.checkpoint.lora_load) if config.training.lora else ("load", config.checkpoint.load)
+
+
 def tidy(config: RunConfig, mesh: Mesh) -> None:
     """Clears up after a killed run, and keeps a new one from overwriting an old one."""
-    key, load = ("lora_load", config.checkpoint.lora_load) if config.training.lora else ("load", config.checkpoint.load)
+    key, load = goes_on_from(config)
     save = config.checkpoint.save
     if save is None:
         return

@@ -11,6 +11,7 @@ from megatron_lite.data.batches import TokenBatch
 from megatron_lite.errors import DataError, TrainingError
 from megatron_lite.log import logger
 from megatron_lite.metrics.metrics import Metrics, open_metrics
+from megatron_lite.training.beginning import goes_on_from
 from megatron_lite.training.engine import Step
 from megatron_lite.training.hang import SAVING
 from megatron_lite.training.interrupt import Interruption, stop
@@ -43,7 +44,7 @@ def run_training(training: Training, uses: Uses = NOBODY, *, give_up: GiveUp = g
     """Trains to the end, or says that there is nothing to do."""
     config, done, steps = training.config, training.progress.iteration, training.recipe.steps
     if done >= steps:
-        folder = config.checkpoint.lora_load if config.training.lora else config.checkpoint.load
+        _, folder = goes_on_from(config)
         logger.info(f"nothing to train: {folder} is at step {done}, and train_iters is {steps}; raise it, or set finetune: true")
         return
     if training.recipe.zero_stage == 3:
