@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,21 @@ def gpus_found() -> int:
 
     hardware = find_hardware()
     return len(hardware) if hardware.kind == "GPU" else 0
+
+
+@pytest.fixture
+def no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A hub that does not answer, and an empty cache."""
+    from megatron_lite.data import hub
+    from tests.web import NOWHERE
+
+    monkeypatch.setenv("HF_ENDPOINT", NOWHERE)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    for name in (*hub.PROXIES, *hub.OFFLINE, "HF_DATASETS_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    hub.is_reachable.cache_clear()
+    yield
+    hub.is_reachable.cache_clear()
 
 
 @pytest.fixture(scope="session")

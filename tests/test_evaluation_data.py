@@ -4,7 +4,6 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,22 +14,9 @@ from megatron_lite.data.task_data import LAMBADA, PIQA, read_documents, require,
 from megatron_lite.errors import ConfigError, DataError
 from megatron_lite.evaluation.quiet import quiet_harness
 from megatron_lite.evaluation.tasks import Finder, find_tasks
+from tests.web import NOWHERE
 
 lm_eval = pytest.importorskip("lm_eval")
-
-NOWHERE = "https://127.0.0.1:9"
-
-
-@pytest.fixture
-def no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A hub that does not answer, and an empty cache."""
-    monkeypatch.setenv("HF_ENDPOINT", NOWHERE)
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-    for name in (*hub.PROXIES, *hub.OFFLINE, "HF_DATASETS_CACHE"):
-        monkeypatch.delenv(name, raising=False)
-    hub.is_reachable.cache_clear()
-    yield
-    hub.is_reachable.cache_clear()
 
 
 def section(**values: object) -> EvaluationSection:

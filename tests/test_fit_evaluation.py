@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.checks import CHECKS
+from launcher.checks import CHECKS, check_tasks_of_training
 from launcher.command import Command
 from launcher.hardware import Hardware
 from launcher.plan import Plan
@@ -12,7 +12,6 @@ from launcher.planner import plan_settings
 from launcher.replicas import plan_evaluation
 from launcher.run import settle
 from megatron_lite.config.load import load_config
-from megatron_lite.data import hub
 from megatron_lite.errors import DataError, FitError, LayoutError, UserError
 from megatron_lite.parallel.layout import Layout
 from tests.machines import TOKENS, cores, gpus
@@ -77,28 +76,19 @@ def test_deepy_plans_evaluations_so(tmp_path: Path) -> None:
     assert settled(tmp_path, eval_tasks=["lambada", "piqa"], eval_data_dir=str(tmp_path)).layout == Layout(dp=2)
 
 
-def test_tasks_of_a_training_are_looked_for_before_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", "https://127.0.0.1:9")
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
-    for name in hub.PROXIES:
-        monkeypatch.delenv(name, raising=False)
-    hub.is_reachable.cache_clear()
+@pytest.mark.usefixtures("no_network")
+def test_tasks_of_a_training_are_looked_for_before_it_starts(tmp_path: Path) -> None:
     settings = {"eval_tasks": ["lambada"], "eval_data_dir": str(tmp_path)}
     with pytest.raises(DataError, match=r"there is no .*/lambada/lambada_test.jsonl for the task lambada_openai, and https://127.0.0.1:9 cannot be reached"):
-        CHECKS["train"][-1](load_config([Path("configs/tiny.yml")], settings))
-    hub.is_reachable.cache_clear()
-    CHECKS["train"][-1](load_config([Path("configs/tiny.yml")]))
+        check_tasks_of_training(load_config([Path("configs/tiny.yml")], settings))
+    check_tasks_of_training(load_config([Path("configs/tiny.yml")]))
+    assert check_tasks_of_training in CHECKS["train"]
 
 
-def test_missing_data_a_missing_network_and_a_folder_that_is_not_there_are_told_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", "https://127.0.0.1:9")
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
-    for name in hub.PROXIES:
-        monkeypatch.delenv(name, raising=False)
-    hub.is_reachable.cache_clear()
+@pytest.mark.usefixtures("no_network")
+def test_missing_data_a_missing_network_and_a_folder_that_is_not_there_are_told_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         settled(tmp_path, eval_tasks=["lambada"], eval_data_dir=str(tmp_path), eval_results_prefix=str(tmp_path / "gone" / "run"))
-    hub.is_reachable.cache_clear()
     data, results = str(error.value).splitlines()
     assert data == (
         f"there is no {tmp_path}/lambada/lambada_test.jsonl for the task lambada_openai, and https://127.0.0.1:9 cannot be reached; `tools/download.py"

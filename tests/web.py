@@ -13,6 +13,7 @@ import pytest
 from megatron_lite.data import transfer
 from megatron_lite.data.download import RemoteFile
 
+NOWHERE = "https://127.0.0.1:9"  # where nobody answers
 CONTENT = bytes(range(256)) * 400  # 102,400 bytes
 
 
