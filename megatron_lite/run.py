@@ -21,8 +21,9 @@ from megatron_lite.models.architecture import Architecture, architecture_named
 from megatron_lite.models.memory import generation_footprint
 from megatron_lite.models.spec import DTYPES, DType, ModelSpec, spec_of
 from megatron_lite.parallel.budget import hold_to
+from megatron_lite.parallel.join import joined_world
 from megatron_lite.parallel.layout import Layout, check_cut
-from megatron_lite.parallel.mesh import Mesh, build_mesh, joined_world
+from megatron_lite.parallel.mesh import Mesh, build_mesh
 from megatron_lite.parallel.quantized import quantize
 from megatron_lite.parallel.stage import Stage
 from megatron_lite.progress import progress

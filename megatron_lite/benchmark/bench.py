@@ -21,8 +21,9 @@ from megatron_lite.log import logger
 from megatron_lite.models.architecture import Architecture, architecture_named
 from megatron_lite.models.spec import DTYPES, DType, ModelSpec, spec_of
 from megatron_lite.parallel.budget import hold_to
+from megatron_lite.parallel.join import demand_own_gpus, joined_world
 from megatron_lite.parallel.layout import Layout, check_cut
-from megatron_lite.parallel.mesh import Mesh, build_mesh, joined_world
+from megatron_lite.parallel.mesh import Mesh, build_mesh
 from megatron_lite.parallel.quantized import quantize
 from megatron_lite.parallel.stage import Stage
 from megatron_lite.run import Run, layout_of, load_stage, prepare
@@ -87,6 +88,7 @@ def open_bench(config: RunConfig, *, vocab: int | None, from_checkpoint: bool) -
 @contextmanager
 def joined_mesh(config: RunConfig) -> Iterator[Mesh]:
     with joined_world() as (rank, world, device):
+        demand_own_gpus(device, "a measurement")
         hold_to(config.launcher.gpu_memory_limit, device)
         layout = fitted(config, world)
         spec = spec_of(config.model, vocab=0, dtype="float32")

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal, Protocol
 
-import torch
-
 from megatron_lite.errors import FitError
 from megatron_lite.inference.continuous import ContinuousDecoder, in_a_group
 from megatron_lite.inference.decode import Decoder
@@ -16,6 +14,7 @@ from megatron_lite.inference.rows import Watch
 from megatron_lite.models.memory import generation_footprint
 from megatron_lite.models.spec import ModelSpec
 from megatron_lite.parallel.budget import free_memory, least
+from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.parallel.stage import Stage
 from megatron_lite.run import Run
 
@@ -60,14 +59,15 @@ class Load:
         return min(self.rows or MOST_ROWS, SIZES[-1] * self.groups(stages))
 
 
-def has_kernels(device: torch.device) -> bool:
-    """Whether ours serve this device."""
-    return device.type == "cuda" and find_spec("triton") is not None  # which comes with torch on Linux
+def captures(mesh: Mesh) -> bool:
+    """Whether our kernels serve these devices and steps can be captured: sums that go through the host cannot be."""
+    has_kernels = mesh.device.type == "cuda" and find_spec("triton") is not None  # which comes with torch on Linux
+    return has_kernels and not (mesh.tp.size > 1 and mesh.tp.through_host)
 
 
 def prepare_for(run: Run, load: Load) -> None:
     """Begins what the decoder of this run can do before the weights are there."""
-    if has_kernels(run.mesh.device):
+    if captures(run.mesh):
         from megatron_lite.inference.warm import warm_up
 
         stages = run.mesh.pp.size
@@ -76,7 +76,7 @@ def prepare_for(run: Run, load: Load) -> None:
 
 def decoder_for(stage: Stage, spec: ModelSpec, tokenizer: Codec, load: Load) -> Completer:
     """The fastest decoder for this device."""
-    if has_kernels(stage.mesh.device):
+    if captures(stage.mesh):
         return continuous_decoder(stage, spec, tokenizer, load)
     return Decoder(stage, spec, tokenizer, context=load.context, rows=load.rows)
 

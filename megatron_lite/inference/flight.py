@@ -37,7 +37,7 @@ class Courier:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def send(self, rows: Sequence[R], arrival: Arrival) -> Flight[R]:
-        if self.stream is None:
+        if self.stream is None or (arrival.later is not None and arrival.later.keeps_host_waiting):
             return Flight(rows, arrival)
         copied = torch.empty(arrival.tokens.shape, dtype=arrival.tokens.dtype, pin_memory=True)
         stream = torch.cuda.current_stream(self.device) if arrival.later is None else self.stream

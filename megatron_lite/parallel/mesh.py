@@ -3,11 +3,9 @@
 Every operation is the identity at size 1, so the same model runs without torch.distributed.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
@@ -17,19 +15,21 @@ from torch.autograd.function import FunctionCtx
 
 from megatron_lite.errors import LayoutError
 from megatron_lite.parallel.layout import Layout
-from megatron_lite.parallel.reach import heed_reach
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Axis:
-    """The ranks that differ from this one along one axis of the mesh only. `ranks` are their numbers in the whole world, `index` is ours among them."""
+    """The ranks that differ from this one along one axis of the mesh only. `ranks` are their numbers in the whole world, `index` is ours among them.
+
+    `through_host` where the library that carries things between the ranks knows nothing of this device's memory."""
 
     name: str
     index: int = 0
     ranks: tuple[int, ...] = (0,)
     group: dist.ProcessGroup | None = None
+    through_host: bool = False
 
     @property
     def size(self) -> int:
@@ -50,7 +50,8 @@ class Axis:
     def sum_in_place(self, x: Tensor) -> Tensor:
         """x, which now holds the sum over the axis, accumulated in x's own precision; no gradients."""
         if self.size > 1:
-            dist.all_reduce(x, group=self.group)
+            with self._carried(x) as there:
+                dist.all_reduce(there, group=self.group)
         return x
 
     def copy(self, x: Tensor) -> Tensor:
@@ -61,7 +62,8 @@ class Axis:
         """The elementwise maximum over the axis; no gradients."""
         if self.size > 1:
             x = x.detach().clone()
-            dist.all_reduce(x, dist.ReduceOp.MAX, group=self.group)
+            with self._carried(x) as there:
+                dist.all_reduce(there, dist.ReduceOp.MAX, group=self.group)
         return x
 
     def minimum(self, x: Tensor) -> Tensor:
@@ -72,9 +74,10 @@ class Axis:
         """The ranks' tensors joined along the last dim; no gradients."""
         if self.size == 1:
             return x
-        parts = [torch.empty_like(x) for _ in self.ranks]
-        dist.all_gather(parts, x.contiguous(), group=self.group)
-        return torch.cat(parts, -1)
+        there = self._there(x.contiguous())
+        parts = [torch.empty_like(there) for _ in self.ranks]
+        dist.all_gather(parts, there, group=self.group)
+        return torch.cat(parts, -1).to(x.device)
 
     def gather_objects(self, x: T) -> list[T]:
         """What the ranks hold, in their order. Only for small things."""
@@ -86,38 +89,60 @@ class Axis:
     def share(self, x: Tensor, *, source: int) -> Tensor:
         """What rank `source` of the axis holds, on every rank. x is overwritten elsewhere."""
         if self.size > 1:
-            dist.broadcast(x, self.ranks[source], group=self.group)
+            with self._carried(x) as there:
+                dist.broadcast(there, self.ranks[source], group=self.group)
         return x
 
     def send(self, x: Tensor, *, to: int) -> None:
-        dist.send(x.contiguous(), self.ranks[to], group=self.group)
+        dist.send(self._there(x.contiguous()), self.ranks[to], group=self.group)
 
     def send_later(self, x: Tensor, *, to: int) -> "Later":
         """Sends without waiting until it has arrived; x must not change before."""
-        x = x.contiguous()
-        return Later(dist.isend(x, self.ranks[to], group=self.group), x)
+        there = self._there(x.contiguous())
+        return Later(dist.isend(there, self.ranks[to], group=self.group), there)
 
     def share_later(self, x: Tensor, *, source: int) -> "Later":
         """As `share`, without waiting: x must not be touched before."""
-        return Later(dist.broadcast(x, self.ranks[source], group=self.group, async_op=True), x)
+        there = self._there(x)
+        return Later(dist.broadcast(there, self.ranks[source], group=self.group, async_op=True), there, x)
 
     def receive(self, like: Tensor, *, source: int) -> Tensor:
         """Fills `like` with what rank `source` of the axis sends."""
-        dist.recv(like, self.ranks[source], group=self.group)
+        with self._carried(like) as there:
+            dist.recv(there, self.ranks[source], group=self.group)
         return like
+
+    def _there(self, x: Tensor) -> Tensor:
+        """x where the library can take it from."""
+        return x.cpu() if self.through_host else x
+
+    @contextmanager
+    def _carried(self, x: Tensor) -> Iterator[Tensor]:
+        """x where the library can change it; afterwards x is what was made of it."""
+        there = self._there(x)
+        yield there
+        if there is not x:
+            x.copy_(there)
 
 
 @dataclass(frozen=True)
 class Later:
-    """Something under way between ranks, and the tensor that it reads or writes."""
+    """Something under way between ranks, and the tensor that it reads or writes; `target` is to hold the same on this device."""
 
     work: dist.Work | None
     tensor: Tensor
+    target: Tensor | None = None
+
+    @property
+    def keeps_host_waiting(self) -> bool:
+        return self.target is not None and self.target is not self.tensor
 
     def wait(self) -> None:
         """What this device is told from now on comes after it."""
         if self.work is not None:
             self.work.wait()
+        if self.target is not None and self.keeps_host_waiting:
+            self.target.copy_(self.tensor)
 
 
 class _Sum(torch.autograd.Function):
@@ -142,9 +167,7 @@ class _Copy(torch.autograd.Function):
 
 
 def _all_reduce(x: Tensor, axis: Axis) -> Tensor:
-    total = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=axis.group)
-    return total.to(x.dtype)
+    return axis.sum_in_place(x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -187,6 +210,7 @@ def build_mesh(layout: Layout, *, rank: int, device: torch.device) -> Mesh:
         return single_mesh(device)
     if dist.get_world_size() != layout.size:
         raise LayoutError(f"{layout} needs {layout.size} processes; {dist.get_world_size()} were started")
+    through_host = device.type == "cuda" and dist.get_backend() == "gloo"
     here = dict(zip(("pp", "dp", "tp"), layout.coordinates(rank), strict=True))
     axes: dict[str, Axis] = {}
     for name in here:
@@ -197,23 +221,5 @@ def build_mesh(layout: Layout, *, rank: int, device: torch.device) -> Mesh:
         for line in lines.values():  # new_group is collective: every rank makes every group, in the same order
             group = cast(dist.ProcessGroup, dist.new_group(line)) if len(line) > 1 else None
             if rank in line:
-                axes[name] = Axis(name, line.index(rank), tuple(line), group)
+                axes[name] = Axis(name, line.index(rank), tuple(line), group, through_host)
     return Mesh(layout, rank, device, axes["pp"], axes["dp"], axes["tp"])
-
-
-@contextmanager
-def joined_world(*, timeout: timedelta = timedelta(minutes=30)) -> Iterator[tuple[int, int, torch.device]]:
-    """Joins the processes that were started together (RANK, WORLD_SIZE, LOCAL_RANK) and leaves them at the end. Yields rank, world size and our device."""
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length, which takes longer than a step
-    if world > 1 and device.type == "cuda":
-        heed_reach()
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout, device_id=device if device.type == "cuda" else None)
-    yield rank, world, device
-    if dist.is_initialized():  # not after a failure: neighbours would notice, and complain, before this process has said why
-        dist.destroy_process_group()

@@ -19,8 +19,9 @@ from megatron_lite.log import logger
 from megatron_lite.models.architecture import Architecture, architecture_named
 from megatron_lite.models.spec import DType, ModelSpec, spec_of
 from megatron_lite.parallel.budget import hold_to
+from megatron_lite.parallel.join import demand_own_gpus, joined_world
 from megatron_lite.parallel.layout import check_cut
-from megatron_lite.parallel.mesh import Mesh, build_mesh, joined_world
+from megatron_lite.parallel.mesh import Mesh, build_mesh
 from megatron_lite.parallel.quantized import quantize
 from megatron_lite.run import Run, layout_of, prepare
 from megatron_lite.training.beginning import Beginning, beginning_of, stored_state, tidy, with_adapters_that_are_there
@@ -75,6 +76,7 @@ class Training:
 def open_training(config: RunConfig) -> Iterator[Training]:
     """Joins the other processes and reads everything but weights. Raises UserError where the parts do not fit together."""
     with joined_world() as (rank, world, device):
+        demand_own_gpus(device, "training")
         hold_to(config.launcher.gpu_memory_limit, device)
         layout = layout_of(config, world)
         spec = spec_of(config.model, vocab=0, dtype="float32")
