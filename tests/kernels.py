@@ -50,18 +50,20 @@ def let_bounds_be_computed() -> None:
 
 
 def projections() -> None:
-    """Two products in one launch, each of its own copies of the norms, the second with GELU; and the sum of two products in terms."""
+    """Products, each of its own copies of the norms, the second with GELU; and the sum of two products in terms."""
     for rows in (1, 5, 17):
         x, (one, two), (bias, other) = torch.randn(3, rows, 96), (torch.randn(128, 96), torch.randn(160, 96)), (torch.randn(128), torch.randn(160))
         heads, inner = torch.empty(rows, 128), torch.empty(rows, 160)
         # of the second tiles one would read the states of both copies
         for tiles in (Tiles(32, 64), Tiles(128, 64)):
             heads.fill_(torch.nan)
-            project(x, (one, two), (bias, other), (heads, inner), Projection((2, 1), 2, "gelu_tanh"), tiles=tiles)
+            project(x, one, bias, heads, Projection(2), tiles=tiles)
+            project(x, two, other, inner, Projection(first=2, activation="gelu_tanh"), tiles=tiles)
             near(heads[:, 64:], F.linear(x[1], one[64:], bias[64:]), atol=1e-4, rtol=0)
         near(heads, torch.cat([F.linear(x[0], one[:64], bias[:64]), F.linear(x[1], one[64:], bias[64:])], -1), atol=1e-4, rtol=0)
         near(inner, F.gelu(F.linear(x[2], two, other), approximate="tanh"), atol=1e-4, rtol=0)
-        project(x[2:], (one, two), (None, None), (heads, inner), Projection(activation="gelu"), tiles=Tiles(32, 64))
+        project(x[2:], one, None, heads, Projection(), tiles=Tiles(32, 64))
+        project(x[2:], two, None, inner, Projection(activation="gelu"), tiles=Tiles(32, 64))
         near((heads, inner), (F.linear(x[2], one), F.gelu(F.linear(x[2], two))), atol=1e-4, rtol=0)
         states, weights, terms = (
             (torch.randn(rows, 96), torch.randn(rows, 384)),

@@ -34,14 +34,14 @@ def in_eight_bits(outputs: int, inputs: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def projections() -> None:
-    """Two products in one launch: the scale comes before the bias, and before GELU. Tiles end where the matrices do, or beyond."""
+    """The scale comes before the bias, and before GELU. Tiles end where the matrices do, or beyond."""
     for rows, dtype, outputs in ((1, torch.float32, 128), (5, torch.float16, 128), (17, torch.float32, 120)):
         x, bias, other = (torch.randn(*shape).to(dtype) for shape in ((3, rows, 96), (outputs,), (160,)))
         (one, first, whole), (two, second, whole_two) = in_eight_bits(outputs, 96), in_eight_bits(160, 96)
         heads, inner = torch.empty(rows, outputs, dtype=dtype), torch.empty(rows, 160, dtype=dtype)
-        project(
-            x, (one, two), (bias, other), (heads, inner), Projection((1, 1), 2, "gelu_tanh"), scales=(first, second), tiles=replace(TILES, across=rows < 16)
-        )
+        tiles = replace(TILES, across=rows < 16)
+        project(x, one, bias, heads, Projection(), scale=first, tiles=tiles)
+        project(x, two, other, inner, Projection(first=2, activation="gelu_tanh"), scale=second, tiles=tiles)
         states, shift, shift_two = (each.float() for each in (x, bias, other))
         atol, rtol = (1e-3, 1e-5) if dtype == torch.float32 else (1e-2, 1e-3)
         near(heads.float(), F.linear(states[0], whole, shift), atol=atol, rtol=rtol)
@@ -62,9 +62,9 @@ def combinations() -> None:
 def large_sums() -> None:
     """A product of whole numbers beyond the range of fp16 is scaled before it is stored."""
     x, weight, scale = torch.full((1, 1, 96), 60.0, dtype=torch.float16), torch.full((32, 96), 127, dtype=torch.int8), torch.full((32,), 1e-4)
-    outs = torch.empty(1, 32, dtype=torch.float16), torch.empty(1, 32, dtype=torch.float16)
-    project(x, (weight, weight), (None, None), outs, Projection(), scales=(scale, scale), tiles=TILES)
-    near(outs[0].float(), torch.full((1, 32), 60 * 127 * 96 * 1e-4), atol=0.1, rtol=0)
+    out = torch.empty(1, 32, dtype=torch.float16)
+    project(x, weight, None, out, Projection(), scale=scale, tiles=TILES)
+    near(out.float(), torch.full((1, 32), 60 * 127 * 96 * 1e-4), atol=0.1, rtol=0)
 
 
 def stages() -> None:

@@ -37,7 +37,8 @@ def products() -> None:
         weight[:, 1::2] = -1
         weight[:, :128], weight[:, 128:256], weight[:, 256] = 1, -1, 2  # 128 000 on the way, 3 000 at the end
         outs = torch.empty(rows, 64).half(), torch.empty(rows, 64).half()
-        project(x, (weight, weight), (None, None), outs, Projection(activation="gelu_tanh"), tiles=TILES)
+        for out, activation in zip(outs, ("none", "gelu_tanh"), strict=True):
+            project(x, weight, None, out, Projection(activation=activation), tiles=TILES)
         near(outs[0], torch.full((rows, 64), PEAK * weight[0].sum().item()).half())
         near(outs[1], outs[0])
         terms = torch.full((5, rows, 64), torch.nan)
@@ -50,9 +51,9 @@ def activations() -> None:
     """GELU of a thousand is a thousand, and of minus a thousand nothing."""
     x = torch.tensor([[[PEAK, -PEAK, 30000, -30000] * 24]]).half()
     for kind in ("gelu", "gelu_tanh"):
-        outs = torch.empty(1, 96).half(), torch.empty(1, 96).half()
-        project(x, (torch.eye(96).half(), torch.eye(96).half()), (None, None), outs, Projection(activation=kind), tiles=TILES)
-        near(outs[1], x[0].clamp(min=0))
+        out = torch.empty(1, 96).half()
+        project(x, torch.eye(96).half(), None, out, Projection(activation=kind), tiles=TILES)
+        near(out, x[0].clamp(min=0))
 
 
 def norms() -> None:

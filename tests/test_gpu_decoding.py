@@ -114,9 +114,9 @@ def test_products_of_8_bit_weights_are_those_of_the_numbers_they_stand_for(rows:
     scales = torch.rand(192, device=device) / 127, torch.rand(192, device=device) / 127
     x, y = (torch.randn(rows, width, dtype=dtype, device=device) for width in (512, 2048))
     first, second = (F.linear(states.float(), weight.float()) * scale for states, weight, scale in ((x, one, scales[0]), (y, two, scales[1])))
-    outs = torch.empty(rows, 192, device=device), torch.empty(rows, 192, device=device)
-    project(x.unsqueeze(0), (one, one), (None, None), outs, Projection(), scales=(scales[0], scales[0]))
-    torch.testing.assert_close(outs, (first, first), atol=1e-3, rtol=1e-4)
+    out = torch.empty(rows, 192, device=device)
+    project(x.unsqueeze(0), one, None, out, Projection(), scale=scales[0])
+    torch.testing.assert_close(out, first, atol=1e-3, rtol=1e-4)
     terms = torch.empty(5, rows, 192, device=device)
     combine((x, y), (one, two), terms, scales=scales)
     torch.testing.assert_close(terms.sum(0), first + second, atol=1e-3, rtol=1e-4)

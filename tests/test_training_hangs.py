@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NoReturn
@@ -141,7 +142,8 @@ def started(tmp_path: Path) -> Iterator[Callable[..., list[BaseProcess]]]:
 
     def start(layout: Layout, spoil: Callable[[], None], *, on_gpus: bool = False) -> list[BaseProcess]:
         config = write_training(tmp_path, train_micro_batch_size_per_gpu=2, eval_interval=100)
-        context = multiprocessing.get_context("fork")
+        # a GPU that the parent has looked at is lost to its forks
+        context = multiprocessing.get_context("spawn") if on_gpus else multiprocessing.get_context("fork")
         processes.extend(context.Process(target=train, args=(rank, layout, config, spoil, on_gpus)) for rank in range(layout.size))
         for process in processes:
             process.start()
@@ -183,7 +185,7 @@ def test_the_rank_that_hangs_is_named_by_those_that_wait_for_it(
 def test_the_rank_that_hangs_is_named_on_gpus_too(
     tmp_path: Path, layout: Layout, trouble: Callable[[], None], says: str, started: Callable[..., list[BaseProcess]]
 ) -> None:
-    first, culprit = started(layout, lambda: at_step(3, trouble), on_gpus=True)
+    first, culprit = started(layout, partial(at_step, 3, trouble), on_gpus=True)
     first.join(timeout=120)
     assert first.exitcode == 2
     sentence = (tmp_path / "rank0").read_text()

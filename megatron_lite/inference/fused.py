@@ -1,5 +1,5 @@
-"""The blocks of parallel-residual models (GPT-NeoX, GPT-J) for one new token a row: four launches a block instead of forty, one of them the reduction over
-the tensor-parallel ranks. The residual stream stays in fp32."""
+"""The blocks of parallel-residual models (GPT-NeoX, GPT-J) for one new token a row: five launches a block instead of forty, one of them the reduction over
+the tensor-parallel ranks, and attention beside the MLP. The residual stream stays in fp32."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_lite.inference.aside import Aside
 from megatron_lite.inference.kernels.attention import Scratch, Turn, attend_pages
 from megatron_lite.inference.kernels.exchange import sum_and_norm
 from megatron_lite.inference.kernels.linear import MOST_ROWS, Projection, combine, project
@@ -137,12 +138,10 @@ def normed_into(stream: Tensor, norms: Norms | None, add: Callable[..., None], *
     return out if norms else stream.to(like.dtype).unsqueeze(0)
 
 
-def attended(block: FusedBlock, past: PagedPast, heads: Tensor, scratch: Scratch) -> Tensor:
-    """[b (h 3 d)] -> [b (h d)]."""
+def attend(block: FusedBlock, past: PagedPast, heads: Tensor, mixed: Tensor, scratch: Scratch) -> None:
+    """[b (h 3 d)] -> mixed [b (h d)]."""
     query, key, value = heads.view(len(heads), -1, 3, block.head_dim).unbind(2)
-    mixed = torch.empty(query.shape, dtype=heads.dtype, device=heads.device)
-    attend_pages((query, key, value), (past.keys, past.values), past.table, past.lengths, mixed, scratch, block.turn)
-    return mixed.flatten(1)
+    attend_pages((query, key, value), (past.keys, past.values), past.table, past.lengths, mixed.view(query.shape), scratch, block.turn)
 
 
 @dataclass(frozen=True)
@@ -153,12 +152,15 @@ class FusedStack:
     last: Norms | None
     tp: Axis
     peers: Peers | None
+    aside: Aside
 
     @classmethod
     def of(cls, blocks: Sequence[nn.Module], last: LayerNorm | None, *, tp: Axis, peers: Peers | None) -> "FusedStack | None":
         fused = [FusedBlock.of(block) for block in blocks]
         known = [block for block in fused if block is not None]
-        return cls(known, Norms.of(last) if last else None, tp, peers) if known and len(known) == len(fused) else None
+        if not known or len(known) < len(fused):
+            return None
+        return cls(known, Norms.of(last) if last else None, tp, peers, Aside(known[0].norms.scale.device))
 
     def run(self, x: Tensor, pasts: Sequence[PagedPast], scratch: Scratch, *, is_share: bool) -> Tensor:
         """Hidden states [b d], or this rank's share of them -> what the last norm makes of the stream [c b d], or the stream itself [1 b d]."""
@@ -211,16 +213,28 @@ class FusedStack:
         return normed_into(stream, norms, partial(add_and_norm, stream, terms, bias), like=like)
 
     def _few(self, block: FusedBlock, past: PagedPast, normed: Tensor, scratch: Scratch) -> Tensor:
-        """Terms of what a block adds to the stream [t b d], without its bias."""
-        rows = normed.shape[1]
-        heads, inner = (normed.new_empty(rows, len(weight)) for weight in block.first)
-        plan = Projection(block.norms.copies, block.norms.second, block.activation)
-        project(normed, block.first, block.first_bias, (heads, inner), plan, scales=block.first_scales)
-        terms = torch.empty(SPLITS, *normed.shape[1:], dtype=torch.float32, device=heads.device)
-        combine((attended(block, past, heads, scratch), inner), block.second, terms, scales=block.second_scales)
+        """Terms of what a block adds to the stream [t b d], without its bias. Attention, which waits more than it reads, goes on beside the MLP."""
+        widths = [len(weight) for weight in block.first]
+        heads, inner, mixed = (normed.new_empty(normed.shape[1], width) for width in (*widths, block.second[0].shape[1]))
+        terms = torch.empty(SPLITS, *normed.shape[1:], dtype=torch.float32, device=normed.device)
+        outs, (one, two) = (heads, inner), block.norms.copies
+        plans = Projection(one), Projection(two, block.norms.second, block.activation)
+
+        def product(index: int) -> None:
+            scale = block.first_scales[index] if block.first_scales else None
+            project(normed, block.first[index], block.first_bias[index], outs[index], plans[index], scale=scale, beside=widths[1 - index])
+
+        with self.aside.begun():
+            product(0)
+            attend(block, past, heads, mixed, scratch)
+        product(1)
+        self.aside.join()
+        combine((mixed, inner), block.second, terms, scales=block.second_scales)
         return terms
 
     def _many(self, block: FusedBlock, past: PagedPast, normed: Tensor, scratch: Scratch) -> Tensor:
         """The same for so many rows that the library's products are faster."""
         heads, inner = block.projected(normed)
-        return block.combined(attended(block, past, heads, scratch), inner, None).unsqueeze(0)
+        mixed = normed.new_empty(len(heads), block.second[0].shape[1])
+        attend(block, past, heads, mixed, scratch)
+        return block.combined(mixed, inner, None).unsqueeze(0)

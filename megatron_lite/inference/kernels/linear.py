@@ -51,7 +51,8 @@ class Tiles:
 
 
 def tiles_for(rows: int, weight: Tensor, *, outputs: int = 0) -> Tiles:
-    """What was fastest on an H200 for matrices of 20B, whole and cut in two and four. `outputs` where they alone are spread over the programs."""
+    """What was fastest on an H200 for matrices of 20B, whole and cut in two and four. `outputs` where they alone are spread over the programs, with those of
+    another product at the same time."""
     if weight.dtype == torch.int8:
         return Tiles(64, 256, stages=2, across=True) if rows <= 16 else Tiles(128, 128, warps=8, stages=3)
     if weight.dtype == torch.float32:
@@ -72,46 +73,45 @@ def _tiles(rows: int, weight: Tensor, *, outputs: int = 0) -> Tiles:
     return fitting(tiles_for(rows, weight, outputs=outputs), rows, weight, room=shared_memory(), is_hopper=is_hopper())
 
 
-def within(tiles: Tiles, *counts: int) -> Tiles:
-    """Tiles that end where each of these numbers of outputs ends: one reads the states of one norm copy only."""
+def within(tiles: Tiles, count: int) -> Tiles:
+    """Tiles that end where this number of outputs ends: one reads the states of one norm copy only."""
     outputs = tiles.outputs
-    while outputs > 16 and any(count % outputs for count in counts):
+    while outputs > 16 and count % outputs:
         outputs //= 2
     return replace(tiles, outputs=outputs)
 
 
 @dataclass(frozen=True)
 class Projection:
-    """What belongs to a pair of products: the number of norm copies that each reads, the first copy of the second product, its activation."""
+    """What belongs to a product of normed states: how many copies of the norm it reads, the first of them, and the activation behind it."""
 
-    copies: tuple[int, int] = (1, 1)
-    second: int = 0
+    copies: int = 1
+    first: int = 0
     activation: str = "none"
 
 
 def project(
     x: Tensor,
-    weights: Pair,
-    biases: tuple[Tensor | None, Tensor | None],
-    outs: Pair,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
     plan: Projection,
     *,
-    scales: Pair | None = None,
+    scale: Tensor | None = None,
+    beside: int = 0,
     tiles: Tiles | None = None,
 ) -> None:
-    """Two products of normed states x [c m k] in one launch; behind the second follows the activation. outs are [m n] each. `scales` belong to the rows of
-    weights in int8."""
+    """out [m n] = the activation of a product of normed states x [c m k] with weight [n k]. `scale` [n] belongs to a weight in int8; `beside` are outputs that
+    the GPU works on at the same time."""
     rows, width = x.shape[1:]
-    first, second = weights
-    each = len(first) // plan.copies[0], len(second) // plan.copies[1]
-    several = [outputs for outputs, copies in zip(each, plan.copies, strict=True) if copies > 1]
-    tiles = within(tiles or _tiles(rows, first, outputs=len(first) + len(second)), *several)
-    blocks = triton.cdiv(len(first), tiles.outputs) + triton.cdiv(len(second), tiles.outputs)
-    _project[(blocks,)](
-        x, first, x if biases[0] is None else biases[0], outs[0], second, x if biases[1] is None else biases[1], outs[1], *(scales or weights),
-        rows, len(first), len(second), *each, plan.second,
-        WIDTH=width, BIASED=biases[0] is not None, BIASED_TOO=biases[1] is not None, SCALED=scales is not None, ACTIVATION=plan.activation,
-        EVEN=not (width % tiles.inputs or len(first) % tiles.outputs or len(second) % tiles.outputs),
+    outputs = len(weight)
+    tiles = tiles or _tiles(rows, weight, outputs=outputs + beside)
+    if plan.copies > 1:
+        tiles = within(tiles, outputs // plan.copies)
+    _project[(triton.cdiv(outputs, tiles.outputs),)](
+        x, weight, x if bias is None else bias, weight if scale is None else scale, out, rows, outputs, outputs // plan.copies, plan.first,
+        WIDTH=width, BIASED=bias is not None, SCALED=scale is not None, ACTIVATION=plan.activation,
+        EVEN=not (width % tiles.inputs or outputs % tiles.outputs),
         ROWS=_padded(rows), OUTPUTS=tiles.outputs, INPUTS=tiles.inputs, ACROSS=tiles.across, COMPILED=is_compiled(),
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
@@ -177,30 +177,19 @@ def _widened(w, kind: tl.constexpr, COMPILED: tl.constexpr):
 @Kernel
 @triton.jit
 def _project(
-    x, first, first_bias, first_out, second, second_bias, second_out, first_scale, second_scale,
-    rows, first_outputs, second_outputs, first_per_copy, second_per_copy, second_copy,
-    WIDTH: tl.constexpr, BIASED: tl.constexpr, BIASED_TOO: tl.constexpr, SCALED: tl.constexpr, ACTIVATION: tl.constexpr,
-    EVEN: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
-    ACROSS: tl.constexpr, COMPILED: tl.constexpr,
+    x, weight, bias, scale, out, rows, outputs, per_copy, first_copy,
+    WIDTH: tl.constexpr, BIASED: tl.constexpr, SCALED: tl.constexpr, ACTIVATION: tl.constexpr,
+    EVEN: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, ACROSS: tl.constexpr, COMPILED: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0) * OUTPUTS
-    before = tl.cdiv(first_outputs, OUTPUTS) * OUTPUTS
-    is_first = at < before
-    if is_first:
-        weight, bias, scale, out, outputs, copy = first, first_bias, first_scale, first_out, first_outputs, at // first_per_copy
-    else:
-        at -= before
-        weight, bias, scale, out, outputs, copy = second, second_bias, second_scale, second_out, second_outputs, second_copy + at // second_per_copy
-    at = tl.multiple_of(at, OUTPUTS)
-    states = x + copy * rows * WIDTH
+    states = x + (first_copy + at // per_copy) * rows * WIDTH
     total = _product(states, weight, rows, outputs, at, 0, WIDTH, WIDTH, EVEN, ROWS, OUTPUTS, INPUTS, ACROSS, COMPILED)
     row, output = tl.arange(0, ROWS), at + tl.arange(0, OUTPUTS)
     if SCALED:
         total *= tl.load(scale + output, output < outputs, 0.0)[:, None]
-    if (BIASED and is_first) or (BIASED_TOO and not is_first):
+    if BIASED:
         total += tl.load(bias + output, output < outputs, 0.0).to(tl.float32)[:, None]
-    if not is_first:
-        total = _activated(total, ACTIVATION)
+    total = _activated(total, ACTIVATION)
     tl.store(out + row[None, :] * outputs + output[:, None], total, (output < outputs)[:, None] & (row < rows)[None, :])
 
 
