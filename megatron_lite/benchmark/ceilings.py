@@ -74,8 +74,12 @@ def matrix_product(device: torch.device, dtype: torch.dtype) -> float:
 def lasting_product(device: torch.device, dtype: torch.dtype, brief: float) -> float:
     """The same behind a second of them; `brief` is the rate for a moment."""
     work, count = _product(device, dtype), max(1, int((1.0 if device.type == "cuda" else 0.05) * brief / _operations(device)))
-    seconds = median_seconds(lambda: [work() for _ in range(count)], device, times=1)
-    return _operations(device) * count / seconds
+
+    def many() -> None:
+        for _ in range(count):
+            work()
+
+    return _operations(device) * count / median_seconds(many, device, times=1)
 
 
 def _operations(device: torch.device) -> int:
@@ -84,8 +88,8 @@ def _operations(device: torch.device) -> int:
 
 def _product(device: torch.device, dtype: torch.dtype) -> Callable[[], Tensor]:
     size = product_size(device)
-    one, other = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return lambda: one @ other
+    one, other, out = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(3))
+    return lambda: torch.mm(one, other, out=out)
 
 
 def copy_rate(device: torch.device) -> float:
