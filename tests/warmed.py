@@ -107,6 +107,25 @@ def test_what_is_compiled_ahead_is_what_prompts_and_steps_launch(
         assert asked
 
 
+def test_going_through_a_model_does_not_bring_in_torchs_compiler(tmp_path: Path) -> None:
+    """Its import takes longer than reading the weights, which it would keep from Python meanwhile."""
+    write_run(tmp_path, SPEC, tp=2)
+    code = (
+        "import sys, torch\n"
+        "from pathlib import Path\n"
+        "from tests.warmed import launches, likeness, run_of\n"
+        "from megatron_lite.parallel.mesh import Axis, Mesh\n"
+        "from megatron_lite.parallel.layout import Layout\n"
+        "mesh = Mesh(Layout(tp=2), 0, torch.device('cpu'), Axis('pp'), Axis('dp'), Axis('tp', 0, (0, 1)))\n"
+        "run = run_of(Path(sys.argv[1]), mesh)\n"
+        "assert launches(likeness(run), run.spec, words=512, rows=20, context=192)\n"
+        "print(*{'sympy', 'torch._dynamo'} & set(sys.modules))\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "\n"
+
+
 @pytest.mark.slow
 def test_behind_the_warm_up_nothing_is_left_to_compile(tmp_path: Path) -> None:
     """With the compiler for an H200, which needs no GPU."""

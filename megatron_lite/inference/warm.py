@@ -2,13 +2,19 @@
 compiled, in the order in which it will be needed."""
 
 import os
+import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from megatron_lite.inference.captured import SIZES, CapturedStepper, size_in
 from megatron_lite.inference.kernels.exchange import OFFERED, PATIENCE, packets, sum_and_norm
@@ -29,6 +35,8 @@ from megatron_lite.run import Run
 NOWHERE = torch.device("meta")
 THREADS = 8
 """Compilers at once in a process, if there are cores enough: nearly all of their work is done outside of Python."""
+TURN = 1e-4
+"""Seconds that a thread keeps Python for itself while kernels are compiled. At the usual 5 ms those that read weights would mostly wait for it."""
 READINGS = ((37, 1), (64, 1), (64, COUNTS[-1]), (37, 3))
 """Tokens and prompts that are read together: of every kind one. Captured rows are filled up with prompts."""
 
@@ -56,9 +64,52 @@ class Unseen:
         return torch.empty_like(query)
 
 
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], len(weight))
+
+
+def _joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    shape = list(parts[0].shape)
+    shape[dim] = sum(part.shape[dim] for part in parts)
+    return parts[0].new_empty(shape)
+
+
+def _picked(x: Tensor, index: Any) -> Tensor:
+    return x.new_empty(*index.shape, *x.shape[1:]) if isinstance(index, Tensor) else x[index]
+
+
+class Shapes(TorchFunctionMode):
+    """Answers for the library with tensors of the right shape. It would do so itself, but imports its compiler first, which takes seconds."""
+
+    ANSWERS: dict[Callable[..., Any], Callable[..., Tensor]] = {
+        **dict.fromkeys(
+            (F.gelu, torch.addmm, torch.empty_like, Tensor.sub, Tensor.lt, Tensor.ge, Tensor.__or__, Tensor.masked_fill), lambda x, *others, **options: x
+        ),
+        F.linear: _linear,
+        F.embedding: lambda tokens, weight, **options: weight.new_empty(*tokens.shape, weight.shape[1]),
+        Tensor.__getitem__: _picked,
+        Tensor.sum: lambda x, dim: x.new_empty(*x.shape[:dim], *x.shape[dim + 1 :]),
+        torch.cat: _joined,
+        torch.stack: lambda parts: parts[0].new_empty(len(parts), *parts[0].shape),
+    }
+
+    def __torch_function__(self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        return self.ANSWERS.get(func, func)(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _short_turns() -> Iterator[None]:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(TURN)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
 def warm_up(run: Run, *, rows: int, context: int) -> threading.Thread:
     """Begins to compile for steps that `rows` of up to `context` tokens share. It ends when all is done, or with the program."""
-    thread = threading.Thread(target=_warm_up, args=(run, rows, context))
+    thread = threading.Thread(target=_short_turns()(_warm_up), args=(run, rows, context))
     thread.start()
     return thread
 
@@ -127,7 +178,7 @@ def _separate(layer: nn.Module, run: Run, number: int, tp: Axis) -> None:
 def launches(stage: Stage, spec: ModelSpec, *, words: int, rows: int, context: int) -> list[Launch]:
     """What the likeness of a stage launches for prompts and for steps of up to so many rows: of launches that share their code the first."""
     found: dict[tuple[object, ...], Launch] = {}
-    with watched(lambda launch: found.setdefault(kind_of(launch), launch)):
+    with watched(lambda launch: found.setdefault(kind_of(launch), launch)), Shapes():
         stepper = _stepper(stage, spec, words)
         for tokens, prompts in READINGS:
             if stepper.stack is not None and prompts <= (rows if rows == 1 or stage.mesh.pp.size > 1 else max(rows, COUNTS[-1])):
