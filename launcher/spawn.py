@@ -46,10 +46,13 @@ def spawn(job: Job) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // job.processes)))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its remarks about sockets help nobody
     os.environ.setdefault("CUDA_DEVICE_ORDER", BUS)
-    from launcher.agent import run_agent
+    if job.processes == 1 and job.meeting is None:
+        from launcher.alone import run_alone as run
+    else:
+        from launcher.agent import run_agent as run
 
     with kept_terminal():
-        ends = run_agent(job, sys.executable, [*SAFE_PATH, str(job.script), *job.words])
+        ends = run(job, sys.executable, [*SAFE_PATH, str(job.script), *job.words])
     if isinstance(ends, Signals):
         if job.meeting is None:  # else whoever started all hosts says it
             _say(f"stopped by {ends.name}; logs: {job.logs}")

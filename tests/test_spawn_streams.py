@@ -67,7 +67,7 @@ def test_a_library_named_like_a_script_is_not_shadowed_by_it(launch: Launch, tmp
 
 
 def test_two_jobs_at_once_on_one_machine_do_not_meet(launch: Launch) -> None:
-    first, second = launch("print(os.environ['MASTER_PORT'])", 1), launch("print(os.environ['MASTER_PORT'])", 1)
+    first, second = launch("print(os.environ['MASTER_PORT'])"), launch("print(os.environ['MASTER_PORT'])")
     assert (first.end(), second.end()) == (0, 0)
     assert len(set(first.output().split())) == 2
     assert len(list(first.folder.glob("logs/*"))) == 2
