@@ -49,9 +49,6 @@ def splits_for(rows: int, groups: int) -> int:
     return min(16, triton.next_power_of_2(triton.cdiv(512, rows * groups)))
 
 
-HOW = None
-
-
 def attend_pages(
     heads: tuple[Tensor, Tensor, Tensor], pages: tuple[Tensor, Tensor], table: Tensor, lengths: Tensor, out: Tensor, scratch: Scratch, turn: Turn | None = None
 ) -> None:  # fmt: skip
@@ -61,14 +58,15 @@ def attend_pages(
     rows, queries, head_dim = query.shape
     groups, page = pages[0].shape[1:3]
     splits = scratch.mixed.shape[2]
-    alone, warps, stages = HOW or (False, *((2, 2) if rows * groups >= 2048 else (4, 3) if splits == 1 else (4, 2)))  # what was fastest on an H200
+    many = rows * groups >= 2048
+    warps, stages = (1 if head_dim <= 128 else 2, 2) if many else (4, 3) if splits == 1 else (4, 2)  # what was fastest on an H200
     _attend[(rows * groups * splits,)](
         query, key, value, *pages, table, lengths, out, scratch.mixed, scratch.totals, scratch.done,
         turn.cos if turn else query, turn.sin if turn else query,
         query.stride(0), query.stride(1), key.stride(0), key.stride(1), value.stride(0), value.stride(1), table.stride(0), head_dim**-0.5,
         GROUPS=groups, GROUP=queries // groups, HEAD=head_dim, TURNED=2 * turn.cos.shape[1] if turn else 0,
         INTERLEAVED=bool(turn and turn.interleaved), PAGE=page, SPLITS=splits, BLOCK=max(16, triton.next_power_of_2(head_dim)),
-        QUERIES=1 if alone and queries == groups else max(16, triton.next_power_of_2(queries // groups)), STAGES=stages, num_warps=warps, num_stages=stages,
+        QUERIES=max(16, triton.next_power_of_2(queries // groups)), num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
 
@@ -96,7 +94,7 @@ def _attend(
     query, key, value, keys, values, table, lengths, out, mixed, totals, done, cos, sin,
     query_row, query_head, key_row, key_head, value_row, value_head, table_row, scale,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, TURNED: tl.constexpr, INTERLEAVED: tl.constexpr,
-    PAGE: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, QUERIES: tl.constexpr, STAGES: tl.constexpr,
+    PAGE: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
     split, group, row = tl.program_id(0) % SPLITS, tl.program_id(0) // SPLITS % GROUPS, tl.program_id(0) // SPLITS // GROUPS
     member, place = tl.arange(0, QUERIES), tl.arange(0, BLOCK)
@@ -113,18 +111,18 @@ def _attend(
     first, stop = split * share, tl.minimum(split * share + share, count)
     in_page = tl.arange(0, PAGE)
     offset = in_page[:, None] * HEAD + place[None, :]
-    for number in tl.range(first, stop, num_stages=STAGES):
+    for number in range(first, stop):
         page = tl.load(table + row * table_row + number).to(tl.int64)
         start = (page * GROUPS + group) * PAGE * HEAD
         seen = number * PAGE + in_page < length
         k = tl.load(keys + start + offset, seen[:, None] & inside[None, :], 0.0)
         v = tl.load(values + start + offset, seen[:, None] & inside[None, :], 0.0)
-        scores = tl.where(seen[None, :], _scored(q, k, QUERIES) * scale, -float("inf"))
+        scores = tl.where(seen[None, :], tl.dot(q, tl.trans(k), input_precision="ieee") * scale, -float("inf"))
         highest = tl.maximum(best, tl.max(scores, 1))
         weights = tl.exp(scores - highest[:, None])
         shrink = tl.exp(best - highest)
         total = total * shrink + tl.sum(weights, 1)
-        mix = _mixed(weights, v, mix * shrink[:, None], QUERIES)
+        mix = tl.dot(weights.to(kind), v, mix * shrink[:, None], input_precision="ieee")
         best = highest
     if split == SPLITS - 1:
         k = turned(key + row * key_row + group * key_head, place, inside, cos, sin, length, TURNED, INTERLEAVED).to(kind)
@@ -152,24 +150,6 @@ def _attend(
         if tl.atomic_add(done + row * GROUPS + group, 1, sem="acq_rel") == SPLITS - 1:
             tl.store(done + row * GROUPS + group, 0)
             _join(mixed, totals, target, line, member, place, both, GROUP, HEAD, SPLITS, QUERIES, BLOCK)
-
-
-@triton.jit
-def _scored(q, k, QUERIES: tl.constexpr):
-    """[QUERIES tokens]"""
-    if QUERIES == 1:
-        return tl.expand_dims(tl.sum(q.to(tl.float32) * k.to(tl.float32), 1), 0)
-    else:
-        return tl.dot(q, tl.trans(k), input_precision="ieee")
-
-
-@triton.jit
-def _mixed(weights, v, mix, QUERIES: tl.constexpr):
-    """mix [QUERIES BLOCK] and the values by their weights."""
-    if QUERIES == 1:
-        return mix + tl.expand_dims(tl.sum(tl.trans(weights) * v.to(tl.float32), 0), 0)
-    else:
-        return tl.dot(weights.to(v.dtype), v, mix, input_precision="ieee")
 
 
 @triton.jit
