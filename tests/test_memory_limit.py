@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from launcher.command import Command
 from launcher.hardware import Device, Hardware
@@ -14,7 +15,10 @@ from launcher.train_plan import plan_training
 from megatron_lite.config.load import load_config
 from megatron_lite.errors import ConfigError, FitError
 from megatron_lite.parallel.budget import free_memory, hold_to
+from megatron_lite.parallel.layers import ColumnLinear
 from megatron_lite.parallel.layout import Layout
+from megatron_lite.parallel.mesh import Axis
+from megatron_lite.parallel.quantized import quantize
 from tests.machines import GB
 
 pytestmark = pytest.mark.usefixtures("at_root")
@@ -83,6 +87,23 @@ def test_a_process_cannot_take_more_than_its_budget() -> None:
         del kept
     finally:
         hold_to(10**15, device)
+
+
+@pytest.mark.gpu
+def test_rounding_layer_after_layer_leaves_no_holes_in_the_memory_of_a_gpu() -> None:
+    """The matrices of GPT-J: a place of 20 MiB, as the allocator makes them for smaller things, would hold one of 16, and nothing else."""
+    device, axis = torch.device("cuda", 0), Axis("tp")
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    kept = []
+    for _ in range(8):
+        layer = nn.ModuleList([ColumnLinear(4096, outputs, tp=axis) for outputs in (12288, 4096, 16384)]).half().to(device).requires_grad_(False)
+        quantize(layer, axis)
+        kept.append(layer)
+        del layer
+    torch.cuda.empty_cache()
+    lost = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) - before
+    assert lost < 8 << 20, f"{lost / 2**20:.0f} MiB"
 
 
 def test_words_of_a_command_hand_the_limit_on_to_the_processes() -> None:

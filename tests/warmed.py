@@ -107,7 +107,8 @@ def test_what_is_compiled_ahead_is_what_prompts_and_steps_launch(
         assert asked
 
 
-def test_going_through_a_model_does_not_bring_in_torchs_compiler(tmp_path: Path) -> None:
+@pytest.mark.parametrize("settings", [{}, {"weight_quantization": "int8"}], ids=["whole", "int8"])
+def test_going_through_a_model_does_not_bring_in_torchs_compiler(settings: dict[str, str], tmp_path: Path) -> None:
     """Its import takes longer than reading the weights, which it would keep from Python meanwhile."""
     write_run(tmp_path, SPEC, tp=2)
     code = (
@@ -117,11 +118,13 @@ def test_going_through_a_model_does_not_bring_in_torchs_compiler(tmp_path: Path)
         "from megatron_lite.parallel.mesh import Axis, Mesh\n"
         "from megatron_lite.parallel.layout import Layout\n"
         "mesh = Mesh(Layout(tp=2), 0, torch.device('cpu'), Axis('pp'), Axis('dp'), Axis('tp', 0, (0, 1)))\n"
-        "run = run_of(Path(sys.argv[1]), mesh)\n"
+        "run = run_of(Path(sys.argv[1]), mesh, **dict(word.split('=') for word in sys.argv[2:]))\n"
         "assert launches(likeness(run), run.spec, words=512, rows=20, context=192)\n"
         "print(*{'sympy', 'torch._dynamo'} & set(sys.modules))\n"
     )
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, str(tmp_path), *map("=".join, settings.items())], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "\n"
 

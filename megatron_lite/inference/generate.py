@@ -123,7 +123,7 @@ def _write_all(run: Run, decoder: Completer, requests: list[Request], output: Pa
                 say(_shown(completion))
     seconds = time.monotonic() - started
     memory = f"; {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on this GPU" if run.mesh.device.type == "cuda" else ""
-    logger.info(f"{count} prompts, {tokens} tokens in {seconds:.1f} s: {tokens / seconds:.1f} tokens/s{memory}; written to {output}")
+    logger.info(f"{count} prompt{'s' * (count != 1)}, {tokens} tokens in {seconds:.1f} s: {tokens / seconds:.1f} tokens/s{memory}; written to {output}")
 
 
 def in_order(completions: Iterator[Completion]) -> Iterator[Completion]:

@@ -78,15 +78,22 @@ def _picked(x: Tensor, index: Any) -> Tensor:
     return x.new_empty(*index.shape, *x.shape[1:]) if isinstance(index, Tensor) else x[index]
 
 
+ALIKE = (
+    *(F.gelu, torch.addmm, torch.empty_like, torch.maximum, Tensor.sub, Tensor.neg, Tensor.__neg__, Tensor.div, Tensor.__truediv__),
+    *(Tensor.lt, Tensor.ge, Tensor.gt, Tensor.__or__, Tensor.where, Tensor.masked_fill, Tensor.round_, Tensor.copy_),
+)
+"""What makes a tensor of the same shape; what it is made of does not matter here."""
+
+
 class Shapes(TorchFunctionMode):
     """Answers for the library with tensors of the right shape. It would do so itself, but imports its compiler first, which takes seconds."""
 
-    ANSWERS: dict[Callable[..., Any], Callable[..., Tensor]] = {
-        **dict.fromkeys(
-            (F.gelu, torch.addmm, torch.empty_like, Tensor.sub, Tensor.lt, Tensor.ge, Tensor.__or__, Tensor.masked_fill), lambda x, *others, **options: x
-        ),
+    ANSWERS: dict[Callable[..., Any], Callable[..., Any]] = {
+        **dict.fromkeys(ALIKE, lambda x, *others, **options: x),
+        **dict.fromkeys((torch.mul, torch.div), lambda one, other, out: out),
         F.linear: _linear,
         F.embedding: lambda tokens, weight, **options: weight.new_empty(*tokens.shape, weight.shape[1]),
+        Tensor.aminmax: lambda x, dim: (x.new_empty(len(x)), x.new_empty(len(x))),
         Tensor.__getitem__: _picked,
         Tensor.sum: lambda x, dim: x.new_empty(*x.shape[:dim], *x.shape[dim + 1 :]),
         torch.cat: _joined,
@@ -160,7 +167,8 @@ def likeness(run: Run) -> Stage:
                 layers[number] = plan[number]().to(dtype).requires_grad_(False)
             _separate(layers[number], run, number, tp)
             if spec.quantization:
-                quantize(layers[number], tp)
+                with Shapes():
+                    quantize(layers[number], tp)
     return Stage(layers, replace(mesh, device=NOWHERE, tp=tp), spec.hidden, dtype)
 
 

@@ -26,7 +26,7 @@ from megatron_lite.parallel.shards import Replicate, Rule, Split
 BITS = "scale_bits"
 LARGEST = 127
 AT_ONCE = 1 << 21
-"""Numbers that are rounded at once: what is computed in fp32 on the way stays small, so that a GPU's allocator keeps it apart from what stays."""
+"""Numbers that are rounded at once, in fp32."""
 
 
 class _Product(torch.autograd.Function):
@@ -56,17 +56,17 @@ def product(x: Tensor, weight: Tensor, bits: Tensor | None, bias: Tensor | None)
 class Quantized(nn.Module):
     """weight [n d] in int8 and scale [n] in fp32, whose product is the weight of the layer that this one replaces. [b s d] -> [b s n].
 
-    `kind` and `dtype` are the class of that layer and the format of its weight.
+    `kind` and `dtype` are the class of that layer and the format of its weight, `scratch` is as `rounded` wants it.
     """
 
-    def __init__(self, base: nn.Linear, *, tp: Axis) -> None:
+    def __init__(self, base: nn.Linear, *, tp: Axis, scratch: Tensor) -> None:
         super().__init__()
         stated = cast(dict[str, Rule], base.rules)
         by_inputs = stated["weight"] == Split(1)
         scale = row_scale(base.weight, tp if by_inputs else Axis(tp.name))
         self.kind, self.dtype = type(base), base.weight.dtype
         self.rules: dict[str, Rule] = {**stated, BITS: Replicate() if by_inputs else stated["weight"]}
-        self.weight = nn.Parameter(rounded(base.weight, scale), requires_grad=False)
+        self.weight = nn.Parameter(rounded(base.weight, scale, scratch), requires_grad=False)
         # held as integers: what casts a model to half precision, as DeepSpeed does, would round the scales too
         self.scale_bits = nn.Parameter(scale.view(torch.int32), requires_grad=False)
         self.bias, self.tp = base.bias, tp
@@ -107,9 +107,14 @@ QUANTIZED: dict[type[nn.Module], type[Quantized]] = {
 @torch.no_grad()
 def quantize(layer: nn.Module, tp: Axis) -> None:
     """Rounds the matrices of a filled layer; every rank of the cut must call it for the same layer. Embedding, norms and head stay as they are."""
-    found = {path: module for path, module in layer.named_modules() if type(module) in QUANTIZED}
-    # none is let go before all are rounded: the next layer then takes the place of this one, whole, and what stays does not lie between
-    made = {path: QUANTIZED[type(module)](cast(nn.Linear, module), tp=tp) for path, module in found.items()}
+    found = {path: cast(nn.Linear, module) for path, module in layer.named_modules() if type(module) in QUANTIZED}
+    if not found:
+        return
+    # a GPU's allocator would put what stays into the place of numbers that were only on their way, and lose the rest of it: they share one place, taken
+    # first; and no matrix is let go before all are rounded: the next layer then takes the place of this one, whole
+    weights = [module.weight for module in found.values()]
+    scratch = torch.empty(min(AT_ONCE, max(map(torch.numel, weights))), device=weights[0].device)
+    made = {path: QUANTIZED[type(module)](module, tp=tp, scratch=scratch) for path, module in found.items()}
     for path, module in made.items():
         parent, _, name = path.rpartition(".")
         setattr(layer.get_submodule(parent), name, module)
@@ -121,13 +126,15 @@ def row_scale(weight: Tensor, tp: Axis) -> Tensor:
     return tp.maximum(torch.maximum(-low, high).float()) / LARGEST
 
 
-def rounded(weight: Tensor, scale: Tensor) -> Tensor:
-    """int8 [n d] to the nearest number; a row of zeros has scale 0."""
+def rounded(weight: Tensor, scale: Tensor, scratch: Tensor | None = None) -> Tensor:
+    """int8 [n d] to the nearest number; a row of zeros has scale 0. `scratch` has room for at least a row in fp32."""
+    scratch = torch.empty(AT_ONCE, device=weight.device) if scratch is None else scratch
     found = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     step = scale.where(scale > 0, 1.0).unsqueeze(1)
-    count = max(1, AT_ONCE // weight.shape[1])
+    count = len(scratch) // weight.shape[1]
     for target, rows, steps in zip(found.split(count), weight.split(count), step.split(count), strict=True):
-        target.copy_((rows.float() / steps).round_())
+        whole = scratch[: rows.numel()].view(rows.shape)
+        target.copy_(torch.div(rows, steps, out=whole).round_())
     return found
 
 
