@@ -1,12 +1,9 @@
 """Attention over a packed row, where every segment sees only its own text: a plain way, and flash attention where the GPU has it."""
 
-import inspect
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import accumulate, chain
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,17 +27,7 @@ def has_flash(dtype: torch.dtype, head_dim: int, device: torch.device) -> bool:
     """Whether torch's attention over segments of any length serves this model here."""
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or head_dim % 8 or head_dim > 256:
         return False
-    return torch.cuda.get_device_capability(device) >= (8, 0) and _causal() is not None
-
-
-@cache
-def _causal() -> dict[str, object] | None:
-    """How this version of torch is told that no token sees those behind it; None where it has no attention over segments."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    return {"is_causal": True} if "is_causal" in inspect.signature(varlen_attn).parameters else {"window_size": (-1, 0)}
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def to_device(values: Sequence[float] | np.ndarray, device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
@@ -108,14 +95,12 @@ class FlashSegments:
         return cls(positions_of(segments, device), starts, max(lengths), keys, key_starts, max(counts))
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        from torch.nn.attention.varlen import varlen_attn
-
         query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # s h d
         if self.keys is not None:
             key, value = key[self.keys], value[self.keys]
         if query.shape[1] != key.shape[1]:
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-        causal: dict[str, Any] = _causal() or {}  # Any: the option's name depends on torch's version
-        mixed = varlen_attn(query, key, value, self.starts, self.key_starts, self.longest, self.most_keys, **causal)
-        assert isinstance(mixed, Tensor)
-        return mixed.transpose(0, 1).unsqueeze(0)
+        # what torch.nn.attention.varlen calls; that module imports torch's compiler, which takes seconds
+        attend, no_dropout, is_causal, for_debugging = torch.ops.aten._flash_attention_forward, 0.0, True, False
+        found = attend(query, key, value, self.starts, self.key_starts, self.longest, self.most_keys, no_dropout, is_causal, for_debugging)
+        return found[0].transpose(0, 1).unsqueeze(0)
