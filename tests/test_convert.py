@@ -137,7 +137,7 @@ def test_a_folder_that_holds_something_is_not_overwritten(tmp_path: Path) -> Non
     (tmp_path / "hf" / "mine.txt").write_text("keep")
     with pytest.raises(OutputError, match="hf exists and is not empty"):
         hugging(layout, SMALL, tmp_path / "hf")
-    with pytest.raises(OutputError, match=r"mine.txt.partial cannot be written: Not a directory"):
+    with pytest.raises(OutputError, match=r"mine.txt is a file; choose another folder"):
         hugging(layout, SMALL, tmp_path / "hf" / "mine.txt")
     assert (tmp_path / "hf" / "mine.txt").read_text() == "keep"
 
@@ -151,6 +151,41 @@ def test_a_checkpoint_is_not_converted_into_itself(tmp_path: Path, capsys: pytes
     assert main(words) == 2
     assert f"{step} exists and is not empty; choose another folder" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("to", "there", "said"),
+    [
+        ("neox", "config.json", "holds a Hugging Face model (config.json): of it and layer files in one folder only one would be found; choose another folder"),
+        ("neox", "model-00001-of-00002.safetensors", "holds a Hugging Face model (model-00001-of-00002.safetensors)"),
+        ("neox", "pytorch_model.bin.index.json", "holds a Hugging Face model (pytorch_model.bin.index.json)"),
+        ("neox", "layer_00-model_00-model_states.pt", "holds layer files (layer_00-model_00-model_states.pt)"),
+        ("neox", "mp_rank_00_model_states.pt", "holds files of a pipe-parallel-size-0 save (mp_rank_00_model_states.pt)"),
+        ("neox", "step_100/shard_0/0.npz", "holds a model of mesh-transformer-jax (step_100)"),
+        ("neox", "global_step7/manifest.json", "holds checkpoints of a training (global_step7), which goes on from the step that `latest` names"),
+        ("neox", "global_step7/adapter_config.json", "holds checkpoints of a training (global_step7)"),
+        ("huggingface", "latest", "new exists and is not empty; choose another folder, or delete it first"),
+        ("huggingface", "global_step7/layer_00-model_00-model_states.pt", "new exists and is not empty"),
+    ],
+)
+def test_two_formats_are_not_put_into_one_folder(to: str, there: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny, config = (Path(__file__).parents[1] / each for each in ("checkpoints/tiny", "configs/tiny.yml"))
+    (tmp_path / "new" / there).parent.mkdir(parents=True)
+    (tmp_path / "new" / there).write_text("")
+    before = sorted(tmp_path.rglob("*"))
+    assert main([str(tiny), str(tmp_path / "new"), "--to", to, "--config", str(config)]) == 2
+    printed = capsys.readouterr()
+    assert said in printed.err
+    assert "\n" not in printed.err.strip()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_steps_and_a_tokenizer_may_lie_beside_what_is_converted(tmp_path: Path) -> None:
+    tiny, config = (Path(__file__).parents[1] / each for each in ("checkpoints/tiny", "configs/tiny.yml"))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    write_random(tmp_path, SMALL, tp=1)
+    assert main([str(tiny), str(tmp_path), "--to", "neox", "--config", str(config)]) == 0
+    assert find_checkpoint(tmp_path).tag == "global_step5400"
 
 
 @pytest.mark.parametrize("to", ["neox", "huggingface"])

@@ -21,6 +21,7 @@ from tests.models import SMALL, logits, write_random
 from tests.training_runs import losses, trained, write_training
 from tests.worlds import in_world
 from tools.convert import main as convert
+from tools.inspect_checkpoint import main as inspect
 
 BASE = replace(SMALL, layers=2, vocab=512, rotary_dim=16, activation="gelu")
 LORA = {"rank": 4, "alpha": 8, "targets": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]}
@@ -124,6 +125,45 @@ def test_a_merged_checkpoint_is_the_model_with_its_adapters(run: Path, tmp_path:
     assert convert(unmerged) == 0
     expected = served(run, Layout(), load=str(tmp_path / "base"))  # without the norms that a conversion averages
     torch.testing.assert_close(served(run, Layout(), load=str(tmp_path / "merged"), lora_load="null"), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["neox", "huggingface"])
+def test_adapters_that_are_merged_already_are_refused_and_others_are_not(run: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    base, out, merged = str(run.parent / "base"), run.parent / "out", str(tmp_path / "merged")
+    common = ["--config", str(run), "--dtype", "float16"]
+    assert convert([base, merged, "--to", kind, "--lora", str(out), *common]) == 0
+    step = find_adapters(out).folder
+    said = f"hold the adapters in {step} already (merged from {step}) and would get them twice; leave lora_load (or --lora) out, or load the checkpoint"
+    assert said in _refusal(run, load=merged)
+    assert convert([merged, str(tmp_path / "twice"), "--to", "neox", "--lora", str(out), *common]) == 2
+    assert said in capsys.readouterr().err
+    assert convert([merged, str(tmp_path / "on"), "--to", "neox", *common]) == 0, "the record goes along"
+    copy = resaved(step, tmp_path / "copy")
+    assert f"hold the adapters in {copy} already (merged from {step})" in _refusal(run, load=str(tmp_path / "on"), lora_load=str(copy))
+    other = resaved(step, tmp_path / "other", factor=2.0)
+    assert convert([str(tmp_path / "on"), str(tmp_path / "both"), "--to", kind, "--lora", str(other), *common]) == 0
+    for folder in (out, other):
+        assert "already" in _refusal(run, load=str(tmp_path / "both"), lora_load=str(folder))
+    assert inspect([str(tmp_path / "both")]) == 0
+    assert f"low-rank adapters are merged into them: those of {step}, {other}" in capsys.readouterr().out
+
+
+def resaved(step: Path, folder: Path, *, factor: float = 1.0) -> Path:
+    """The adapters as another program might have written them: the same tensors, times a factor, and other words beside them."""
+    folder.mkdir()
+    tensors = {name: tensor * factor for name, tensor in load_file(step / "adapter_model.safetensors").items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = json.loads((step / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "elsewhere", "inference_mode": False}))
+    return folder
+
+
+def test_a_damaged_record_of_merged_adapters_is_named(run: Path, tmp_path: Path) -> None:
+    assert convert([str(run.parent / "base"), str(tmp_path / "new"), "--to", "neox", "--config", str(run), "--lora", str(run.parent / "out")]) == 0
+    record = find_checkpoint(tmp_path / "new").folder / "merged-adapters.json"
+    for content, said in {"{": "cannot be read as JSON", '{"adapters": ["a"]}': "is not what tools/convert.py --lora wrote"}.items():
+        record.write_text(content)
+        assert said in _refusal(run, load=str(tmp_path / "new"))
 
 
 def test_merging_in_half_precision_rounds_once(run: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import torch  # noqa: E402
 from megatron_lite.benchmark.words import positive  # noqa: E402
 from megatron_lite.checkpoint.adapters import Adapters, read_adapters  # noqa: E402
 from megatron_lite.checkpoint.config_json import stated_spec  # noqa: E402
-from megatron_lite.checkpoint.convert import Model, to_huggingface, to_neox  # noqa: E402
+from megatron_lite.checkpoint.convert import Model, refuse_filled, refuse_mixture, to_huggingface, to_neox  # noqa: E402
 from megatron_lite.checkpoint.find import CheckpointLayout, check_numbers, find_checkpoint  # noqa: E402
 from megatron_lite.checkpoint.load import load_layers, open_source, spec_as_stored, vocabulary_rows  # noqa: E402
 from megatron_lite.config.load import load_config  # noqa: E402
@@ -64,6 +64,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
 
 def convert(options: argparse.Namespace) -> None:
     layout = find_checkpoint(options.source, iteration=options.iteration)
+    (refuse_mixture if options.to == "neox" else refuse_filled)(options.target)
     config = load_config([options.config]) if options.config else None
     spec = spec_of_source(layout, config)
     check_cut(Layout(tp=options.model_parallel_size), heads=spec.heads, kv_heads=spec.kv_heads, ffn=spec.ffn, layers=spec.layers)

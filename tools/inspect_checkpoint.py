@@ -14,6 +14,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # last, because a top
 
 from megatron_lite.checkpoint.contents import Stored, files_of, stored_tensors
 from megatron_lite.checkpoint.find import CheckpointLayout, find_checkpoint
+from megatron_lite.checkpoint.merged import merged_beside
 from megatron_lite.errors import UserError
 from megatron_lite.progress import say
 
@@ -52,6 +53,8 @@ def describe(layout: CheckpointLayout, *, values: bool) -> Iterator[str]:
     yield f"{len(files)} files of weights, {sum(file.stat().st_size for file in files):,} bytes on disk"
     if layout.format == "neox" and (states := sum(1 for _ in layout.folder.glob("mp_rank_*_model_states.pt"))):
         yield f"{states} files mp_rank_* beside them, not opened: they hold no weights"
+    if merged := merged_beside(layout.folder):
+        yield f"low-rank adapters are merged into them: those of {', '.join(each.folder for each in merged)}"
     layers: dict[Row, list[int | None]] = {}
     seen: dict[Row, Values] = {}
     total = parameters = 0

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from megatron_lite.checkpoint.find import CheckpointLayout
-from megatron_lite.checkpoint.peft import CONFIG, OLDER, WEIGHTS, Pair, read_peft
+from megatron_lite.checkpoint.merged import merged_in, refuse_again
+from megatron_lite.checkpoint.peft import CONFIG, Pair, read_peft
 from megatron_lite.checkpoint.source import Source
 from megatron_lite.errors import CheckpointError
 from megatron_lite.models.architecture import Architecture
@@ -40,10 +41,12 @@ class Adapters:
                 merge_delta(module.weight, weight_rule(module), pair.a, pair.b.float() * pair.scale, index=tp.index, size=tp.size)
 
     def fingerprint(self) -> str:
-        """64 hexadecimal digits: sha256 of the files."""
+        """64 hexadecimal digits: sha256 of what is added to which layer, wherever the files lie and whoever wrote them."""
         digest = hashlib.sha256()
-        for path in (self.folder / name for name in (CONFIG, WEIGHTS, OLDER)):
-            digest.update(path.read_bytes() if path.exists() else b"")
+        for (number, path), pair in sorted(self.pairs.items(), key=lambda item: item[0]):
+            digest.update(f"{number} {path} {pair.scale} {list(pair.a.shape)} {list(pair.b.shape)}\n".encode())
+            for factor in (pair.a, pair.b):
+                digest.update(factor.float().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
 
@@ -91,7 +94,10 @@ def read_adapters(folder: Path, architecture: Architecture, spec: ModelSpec, sou
             f"{place} holds an adapter of {next(iter(left))}, which is none of the linear layers in the {spec.layers} blocks of this {spec.family} model; "
             "is it for another model?"
         )
-    return Adapters(place, pairs, found.config)
+    adapters = Adapters(place, pairs, found.config)
+    if merged_in(source):
+        refuse_again(adapters.fingerprint(), place, source)
+    return adapters
 
 
 def _shapes(architecture: Architecture, spec: ModelSpec) -> dict[str, torch.Size]:

@@ -1,6 +1,7 @@
 """Any checkpoint -> layer files of any cut, or a Hugging Face folder: one layer in memory at a time, and nothing that looks complete until it is."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,8 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_lite.checkpoint.adapters import Adapters
-from megatron_lite.checkpoint.find import CheckpointLayout
+from megatron_lite.checkpoint.find import LAYER_FILE, RANK_FILE, SHARD, STEP, CheckpointLayout
 from megatron_lite.checkpoint.load import matched
+from megatron_lite.checkpoint.merged import Merged, merged_in, write_merged
 from megatron_lite.checkpoint.source import Source
 from megatron_lite.checkpoint.write import name_latest, write_layer
 from megatron_lite.errors import OutputError
@@ -26,6 +28,13 @@ from megatron_lite.parallel.mesh import Axis
 from megatron_lite.parallel.shards import RankLocal, Replicate, Rule, take
 
 Progress = Callable[[int], object]
+# Names of files -> what they make of the folder that they lie in, whatever `latest` says
+KINDS = {
+    "a Hugging Face model": re.compile(r"config\.json|(pytorch_)?model.*\.(safetensors|bin)(\.index\.json)?"),
+    "layer files": LAYER_FILE,
+    "files of a pipe-parallel-size-0 save": RANK_FILE,
+    "a model of mesh-transformer-jax": re.compile(f"{SHARD.pattern}|{STEP.pattern}"),
+}
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,11 @@ class Model:
                 found[path] = (rule, merged_parts(stored, rule, pair.a, pair.b.float() * pair.scale) if pair else stored)
             yield number, found
 
+    def merged(self) -> list[Merged]:
+        """The adapters that the weights hold once they are written."""
+        mine = [Merged(self.adapters.fingerprint(), str(self.adapters.folder))] if self.adapters else []
+        return [*merged_in(self.source), *mine]
+
 
 def to_neox(model: Model, folder: Path, *, tp: int, step: int, dtype: torch.dtype, progress: Progress) -> list[str]:
     """Writes folder/global_stepN cut for `tp`, `latest` last. Returns the names of tensors whose copies differed and were averaged."""
@@ -65,6 +79,7 @@ def to_neox(model: Model, folder: Path, *, tp: int, step: int, dtype: torch.dtyp
                 mine = {name: take(_single(rule), stored, part, tp).to(dtype).clone() for name, (rule, stored) in tensors.items()}
                 write_layer(layout, number, part, mine)
                 progress(sum(tensor.nbytes for tensor in mine.values()))
+        write_merged(partial, model.merged())
     name_latest(folder, tag)
     return averaged
 
@@ -92,8 +107,38 @@ def to_huggingface(model: Model, folder: Path, *, dtype: torch.dtype, extra: Map
         rows = sum(len(shard) for shard in model.source.shards(0)["word_embeddings.weight"])
         config = {"model_type": model.architecture.model_type, "vocab_size": rows, "dtype": str(dtype).removeprefix("torch."), **extra}
         _write_json(partial / "config.json", {**model.architecture.config(model.spec), **config, "torch_dtype": config["dtype"]})
+        write_merged(partial, model.merged())
         _write_json(partial / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
     return averaged
+
+
+def refuse_mixture(folder: Path) -> None:
+    """Raises OutputError where layer files in this folder and what it holds already would be taken for each other: `latest` names one step of one kind."""
+    names = _names(folder)
+    for kind, pattern in KINDS.items():
+        if found := [name for name in names if pattern.fullmatch(name)]:
+            raise OutputError(f"{folder} holds {kind} ({found[0]}): of it and layer files in one folder only one would be found; choose another folder")
+    for mark in ("manifest.json", "adapter_config.json"):
+        if found := sorted(folder.glob(f"global_step*/{mark}")):
+            step = found[0].parent.name
+            raise OutputError(f"{folder} holds checkpoints of a training ({step}), which goes on from the step that `latest` names; choose another folder")
+
+
+def refuse_filled(folder: Path) -> None:
+    """Raises OutputError where there is anything in the folder."""
+    if _names(folder):
+        raise OutputError(f"{folder} exists and is not empty; choose another folder, or delete it first")
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(path.name for path in folder.iterdir())
+    except FileNotFoundError:
+        return []
+    except NotADirectoryError:
+        raise OutputError(f"{folder} is a file; choose another folder") from None
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be read: {error.strerror}; choose another folder") from None
 
 
 @contextmanager
@@ -101,8 +146,7 @@ def appearing(folder: Path) -> Iterator[Path]:
     """A folder to write into that gets its name only when all is written; what an interruption leaves is called .partial."""
     partial = folder.with_name(folder.name + ".partial")
     try:
-        if folder.exists() and any(folder.iterdir()):
-            raise OutputError(f"{folder} exists and is not empty; choose another folder, or delete it first")
+        refuse_filled(folder)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
