@@ -8,7 +8,7 @@ from launcher.command import ALIASES, Command
 from launcher.demand import LORA, training_of
 from launcher.hardware import Hardware, find_hardware
 from launcher.plan import Plan
-from launcher.planner import USUAL_ENTRIES, Planner, plan_anyway, plan_generation, remedy, vocabulary_entries
+from launcher.planner import Planner, plan_anyway, plan_generation, remedy, usual_entries, vocabulary_entries
 from launcher.replicas import plan_evaluation
 from launcher.speed import Speed, card_of, decoding, load_seconds, scoring, training
 from launcher.train_plan import TrainPlanner, words_for
@@ -76,7 +76,8 @@ def _entries(config: RunConfig) -> tuple[int, tuple[str, ...]]:
     try:
         return vocabulary_entries(config), ()
     except TokenizerError:
-        return USUAL_ENTRIES, (f"the tokenizer is not there yet; reckoned with the {USUAL_ENTRIES:,} entries of 20B's",)
+        entries, note = usual_entries(config)
+        return entries, (note,)
 
 
 def _works(script: object) -> list[str]:

@@ -12,10 +12,11 @@ from launcher.plan import ITSELF, Demand, Plan, gigabytes, weigh, with_note
 from megatron_lite.config.sections import RunConfig
 from megatron_lite.errors import FitError
 from megatron_lite.models.memory import generation_footprint
-from megatron_lite.models.spec import DTYPES, DType, ModelSpec, spec_of
+from megatron_lite.models.spec import DTYPES, DType, Family, ModelSpec, spec_of
 from megatron_lite.parallel.layout import Layout
 
-USUAL_ENTRIES = 50277  # of the tokenizer of 20B and Pythia: what is reckoned with before the tokenizer is there
+USUAL_ENTRIES: dict[Family, tuple[int, str]] = {"neox": (50277, "20B's tokenizer"), "gptj": (50257, "GPT-2's tokenizer"), "llama": (32000, "LLaMA's tokenizer")}
+"""What is reckoned with before the tokenizer is there."""
 MOST_DEVICES = 256  # nobody wants to hear that more would be needed
 MOST_ROWS = 1024  # nor that more would fit
 
@@ -87,6 +88,12 @@ def vocabulary_entries(config: RunConfig) -> int:
     from megatron_lite.data.tokenizer import load_tokenizer
 
     return load_tokenizer(config.tokenizer).vocab_size
+
+
+def usual_entries(config: RunConfig) -> tuple[int, str]:
+    """Entries of the vocabulary that models of this family have as a rule, and a sentence that says so."""
+    entries, whose = USUAL_ENTRIES["gptj" if config.tokenizer.tokenizer_type == "GPT2BPETokenizer" else config.model.family]
+    return entries, f"the tokenizer is not there yet: reckoned with the {entries:,} entries of {whose}; padded_vocab_size states another number"
 
 
 def plan_generation(config: RunConfig, hardware: Hardware, entries: int, *, demand: Demand | None = None) -> Plan:

@@ -11,8 +11,8 @@ from launcher.command import Command
 from launcher.hardware import Hardware
 from launcher.job import Job
 from launcher.multinode import run_on_hosts
-from launcher.plan import Plan
-from launcher.planner import USUAL_ENTRIES, plan_anyway, plan_generation, plan_settings, vocabulary_entries
+from launcher.plan import Plan, with_note
+from launcher.planner import plan_anyway, plan_generation, plan_settings, usual_entries, vocabulary_entries
 from launcher.replicas import plan_evaluation, with_replicas
 from launcher.show import describe_devices, show_run
 from launcher.site import Site, find_site
@@ -51,8 +51,9 @@ def settle(command: Command, machine: Hardware | None = None) -> Run:
     problems: list[UserError] = []
     for check in CHECKS.get(command.script, ()):
         attempt(lambda check=check: check(config), problems)
-    entries = attempt(lambda: vocabulary_entries(config), problems)
-    plan = attempt(lambda: _plan(command, config, site.hardware, entries or USUAL_ENTRIES, problems), problems)
+    known = attempt(lambda: vocabulary_entries(config), problems)
+    entries, note = usual_entries(config) if known is None else (known, None)
+    plan = attempt(lambda: with_note(_plan(command, config, site.hardware, entries, problems), note), problems)
     if plan is None or (problems and not command.dry_run):
         raise UserError("\n".join(map(str, problems)))
     return Run(command, config, site, plan, plan_settings(plan, config), problems)

@@ -65,6 +65,31 @@ def test_settings_of_the_command_line_count_and_adapters_of_the_configuration_ar
     assert found["full training"].plan.work.startswith("full training: ")
 
 
+@pytest.mark.parametrize(
+    ("config", "settings", "entries", "rows"),
+    [
+        ("configs/llama/7B.yml", ("vocab_file=nowhere.model",), "32,000 entries of LLaMA's tokenizer", 32000),
+        ("configs/gpt-j-6B.yml", ("vocab_file=nowhere.json", "padded_vocab_size=null", "make_vocab_size_divisible_by=144"), "50,257 entries of GPT-2's", 50400),
+        ("configs/20B.yml", ("vocab_file=nowhere.json", "model_parallel_size=2"), "50,277 entries of 20B's tokenizer", 50432),
+    ],
+)
+def test_without_its_tokenizer_a_family_is_reckoned_with_its_own_vocabulary_which_is_said(
+    config: str, settings: tuple[str, ...], entries: str, rows: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = printed(capsys, config, "gpus=8x80GB", "script=generate.py", *settings)
+    assert f"vocabulary {rows:,} (" in lines[0]
+    assert lines[-1].startswith(f"the tokenizer is not there yet: reckoned with the {entries}")
+    assert lines[-1].endswith("padded_vocab_size states another number")
+    main(["generate.py", config, "--dry-run", *settings])
+    assert f"reckoned with the {entries}" in capsys.readouterr().out
+
+
+def test_a_stated_vocabulary_needs_no_tokenizer(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = printed(capsys, "configs/llama/7B.yml", "gpus=8x80GB", "script=generate.py", "vocab_file=nowhere.model", "padded_vocab_size=32016")
+    assert "vocabulary 32,016 (" in lines[0]
+    assert not any("tokenizer" in line for line in lines)
+
+
 def test_the_least_change_that_makes_a_training_fit_is_told() -> None:
     found = forecasts("configs/pythia/1.4B.yml", "configs/finetune.yml", "gpus=1xL40S", "checkpoint_activations=false", "train_micro_batch_size_per_gpu=8")
     assert found["full training"].remark == "8 x 2048 tokens at once, ZeRO 1, activations computed again; with checkpoint_activations=true"
