@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_lite.checkpoint.find import CheckpointLayout, find_checkpoint
 from megatron_lite.checkpoint.load import load_layers, open_source
 from megatron_lite.errors import CheckpointError, OutputError
-from megatron_lite.models.neox import ARCHITECTURE
+from megatron_lite.models.architecture import architecture_named
 from megatron_lite.models.spec import ModelSpec
 from megatron_lite.parallel.layout import Layout, stage_numbers
 from megatron_lite.parallel.mesh import Mesh
@@ -49,8 +49,9 @@ def save(engine: Engine, folder: Path, iteration: int, *, keep: int | None = Non
 
 def resumed(checkpoint: CheckpointLayout, spec: ModelSpec, mesh: Mesh, recipe: Recipe) -> Engine:
     numbers = stage_numbers(spec.layers, mesh.layout.pp)[mesh.pp.index]
-    source = open_source(checkpoint, ARCHITECTURE, spec)
-    plan = ARCHITECTURE.plan(spec, mesh.tp)
+    architecture = architecture_named(spec.family)
+    source = open_source(checkpoint, architecture, spec)
+    plan = architecture.plan(spec, mesh.tp)
     layers = load_layers(plan, numbers, source, tp=mesh.tp, dtype=recipe.dtype, device=mesh.device, progress=lambda count: None)
     for layer in layers.values():
         make_trainable(layer, mesh.tp)

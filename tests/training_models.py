@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from megatron_lite.config.sections import ModelSection
 from megatron_lite.data.batches import TokenBatch, sample_numbers
-from megatron_lite.models.neox import ARCHITECTURE
+from megatron_lite.models.architecture import architecture_named
 from megatron_lite.models.spec import ModelSpec
 from megatron_lite.parallel.layout import Layout, stage_numbers
 from megatron_lite.parallel.mesh import Axis, Mesh
@@ -81,7 +81,7 @@ def recipe_for(layout: Layout, **changes: Any) -> Recipe:
 
 
 def fresh_stage(spec: ModelSpec, mesh: Mesh, recipe: Recipe) -> TrainedStage:
-    plan = ARCHITECTURE.plan(spec, mesh.tp)
+    plan = architecture_named(spec.family).plan(spec, mesh.tp)
     layers = {number: plan[number]() for number in stage_numbers(spec.layers, mesh.layout.pp)[mesh.pp.index]}
     for number, layer in layers.items():
         draw_layer(layer, number, model=SECTION, spec=spec, seed=recipe.seed, tp=mesh.tp)
@@ -108,7 +108,7 @@ def run_steps(engine: Engine, first: int, last: int, data: Samples = DATA) -> li
 
 def plain_layers(spec: ModelSpec) -> torch.nn.ModuleDict:
     """The model at the start of training, in one process."""
-    plan = ARCHITECTURE.plan(spec, Axis("tp"))
+    plan = architecture_named(spec.family).plan(spec, Axis("tp"))
     layers = torch.nn.ModuleDict({str(number): make() for number, make in plan.items()})
     for number, layer in layers.items():
         draw_layer(layer, int(number), model=SECTION, spec=spec, seed=RECIPE.seed, tp=Axis("tp"))

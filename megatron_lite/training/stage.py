@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_lite.parallel.adapter import Adapted
 from megatron_lite.parallel.mesh import Axis
 from megatron_lite.parallel.shards import Partial, RankLocal, Rule, Split, SplitGroups, SplitParts
+from megatron_lite.training.shared_heads import separate
 
 
 class TrainedStage(nn.Module):
@@ -70,6 +71,7 @@ def make_trainable(layer: nn.Module, tp: Axis) -> bool:
     A bias that is a term of a sum trains on the first rank only, or it would move tp times as fast.
     """
     averaged = False
+    separate(layer, tp)
     layer.train()
     for path, parameter, rule in list(named_rules(layer)):
         if isinstance(rule, RankLocal):

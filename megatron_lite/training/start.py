@@ -32,6 +32,7 @@ from megatron_lite.training.lora import check_lora, put_adapters
 from megatron_lite.training.recipe import Recipe, recipe_of
 from megatron_lite.training.resume import read_progress, restore
 from megatron_lite.training.save import STATE, Progress
+from megatron_lite.training.shared_heads import joined
 from megatron_lite.training.stage import TrainedStage, make_trainable
 from megatron_lite.training.state import MASTER, write_masters
 
@@ -161,7 +162,8 @@ def _in_fp32(training: Training, run: Run, number: int) -> Mapping[str, Mapping[
     tp = training.mesh.tp
     layer = _loaded(training, run, [number], torch.float32)[number]
     make_trainable(layer, tp)
-    return {path: {MASTER: [parameter.detach()] * tp.size} for path, parameter in layer.named_parameters()}
+    found = joined({path: {MASTER: parameter.detach()} for path, parameter in layer.named_parameters()})
+    return {path: {MASTER: [tensors[MASTER]] * tp.size} for path, tensors in found.items()}
 
 
 def _loaded(training: Training, run: Run, numbers: list[int], dtype: torch.dtype) -> dict[int, nn.Module]:

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from megatron_lite.parallel.shards import RankLocal, Replicate, Rule, take
 from megatron_lite.training.engine import Engine
+from megatron_lite.training.shared_heads import Tensors, joined, separated
 from megatron_lite.training.stage import named_rules
 
 MASTER = "master"
 """The name of the fp32 weight beside the optimizer's own names, such as exp_avg."""
+WEIGHT = "weight"
+"""The name of the weight in the number format of training, beside these."""
 
-Tensors = dict[str, Tensor]
 Shards = Callable[[int], Mapping[str, Mapping[str, list[Tensor]]]]
 """Layer number -> path -> name of the state -> what each rank of the stored cut held."""
 
@@ -28,8 +30,7 @@ def read_layers(engine: Engine) -> Iterator[tuple[int, Tensors, dict[str, Tensor
     dp = engine.mesh.dp
     _link(engine)
     for place, (number, held) in enumerate(engine.stage.kept()):
-        weights: Tensors = {}
-        states: dict[str, Tensors] = {}
+        tensors: dict[str, Tensors] = {}
         for path, parameter, _ in held:
             weight = _whole(parameter)
             found = {MASTER: weight.float()}
@@ -39,10 +40,10 @@ def read_layers(engine: Engine) -> Iterator[tuple[int, Tensors, dict[str, Tensor
             else:  # a term of a sum that stays as it is
                 found |= {name: torch.zeros_like(found[MASTER]) for name in state_names(engine)}
             if place % dp.size == dp.index:
-                weights[path] = weight.to("cpu", copy=True)
-                states[path] = {name: tensor.to("cpu", copy=True) for name, tensor in found.items()}
-        if weights:
-            yield number, weights, states
+                tensors[path] = {name: tensor.to("cpu", copy=True) for name, tensor in {**found, WEIGHT: weight}.items()}
+        if tensors:
+            states = joined(tensors)
+            yield number, {path: named.pop(WEIGHT) for path, named in states.items()}, states
 
 
 def state_names(engine: Engine) -> list[str]:
@@ -81,7 +82,7 @@ def _cut(engine: Engine, shards: Shards) -> Iterator[tuple[nn.Parameter, Tensors
     tp, device = engine.mesh.tp, engine.mesh.device
     for name, layer in engine.stage.layers.items():
         trained = [entry for entry in named_rules(layer) if entry[1].requires_grad]
-        stored = shards(0 if hasattr(layer, "word_embeddings") else int(name)) if trained else {}
+        stored = separated(layer, shards(0 if hasattr(layer, "word_embeddings") else int(name)), tp) if trained else {}
         for path, parameter, rule in trained:
             yield parameter, {key: take(_plain(rule), parts, tp.index, tp.size).to(device) for key, parts in stored[path].items()}
 
