@@ -2,9 +2,10 @@
 
 import os
 import subprocess
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from signal import SIGKILL, Signals, signal
+from contextlib import contextmanager
+from signal import SIGKILL, SIGTERM, Signals, signal
 
 from launcher.ends import failures
 from launcher.failure import error_file, log_file
@@ -12,7 +13,7 @@ from launcher.job import Job
 from launcher.worker import LOG
 from megatron_lite.errors import INTERRUPTED
 
-WATCH = 0.05  # seconds between looks at signals
+WATCH = 0.05  # seconds between looks at the process and at signals
 
 
 def run_alone(job: Job, entrypoint: str, words: Sequence[str]) -> Mapping[int, int] | Signals:
@@ -23,16 +24,24 @@ def run_alone(job: Job, entrypoint: str, words: Sequence[str]) -> Mapping[int, i
         # a group of its own: the terminal tells the launcher alone, and whatever the process leaves behind can be ended with it
         process = subprocess.Popen([entrypoint, *words], env={**os.environ, **place, **told}, start_new_session=True)
         try:
-            while not received and _code(process, WATCH) is None:
-                pass
-            if received:
-                _tell(process, received[0])
-                if _code(process, job.grace) is None:
-                    return received[0]
+            code = _ended(process, received, job.grace)
         finally:
             _tell(process, SIGKILL)
             process.wait()
-        return _outcome(process.returncode, received)
+        return received[0] if code is None else _outcome(code, received)
+
+
+def _ended(process: subprocess.Popen[bytes], received: Sequence[Signals], grace: float) -> int | None:
+    """Its exit code; None where it was asked to stop and took too long, or somebody who asked three times does not want to wait."""
+    told, until = 0, float("inf")
+    while (code := process.poll()) is None and time.monotonic() < until:
+        if len(received) > told:
+            if told == 2:
+                return None
+            _tell(process, SIGTERM if told else received[0])  # which also ends what does not come to hear Ctrl-C
+            told, until = told + 1, time.monotonic() + grace
+        time.sleep(WATCH)
+    return code
 
 
 def _outcome(code: int, received: Sequence[Signals]) -> Mapping[int, int] | Signals:
@@ -40,13 +49,6 @@ def _outcome(code: int, received: Sequence[Signals]) -> Mapping[int, int] | Sign
     if received and code not in {0, INTERRUPTED}:
         return failures({0: code}) or received[0]
     return {0: code} if code else {}
-
-
-def _code(process: subprocess.Popen[bytes], seconds: float) -> int | None:
-    """Its exit code, None where it runs for so many seconds more."""
-    with suppress(subprocess.TimeoutExpired):
-        return process.wait(seconds)
-    return None
 
 
 def _tell(process: subprocess.Popen[bytes], number: Signals) -> None:

@@ -70,6 +70,20 @@ def test_it_does_not_outlive_a_launcher_killed_with_sigkill(launch: Launch) -> N
     wait_until(lambda: not any(alive(pid) for pid in launcher.workers.values()), seconds=5)
 
 
+@pytest.mark.parametrize("processes", [1, 2], ids=["alone", "with torch's agent"])
+def test_who_asks_three_times_need_not_wait_for_a_training_that_does_not_end(launch: Launch, processes: int) -> None:
+    note = "lambda number, _: Path(f'heard{rank}-{number}').touch()"
+    launcher = launch(
+        f"for each in (2, 15): signal.signal(each, {note})\nPath(f'ready{{rank}}').touch()\nwhile True: time.sleep(0.01)", processes, name="train"
+    )
+    for awaited in ("ready", "heard*-2", "heard*-15"):
+        wait_until(lambda awaited=awaited: len(list(launcher.folder.glob(f"{awaited}*"))) == processes)
+        os.kill(launcher.pid, signal.SIGINT)
+    assert launcher.end(10) == 130
+    assert launcher.errors().startswith("stopped by SIGINT; logs: logs/train-")
+    wait_until(lambda: not any(alive(pid) for pid in launcher.workers.values()), seconds=5)
+
+
 @pytest.mark.parametrize(
     ("end", "code", "says"),
     [
