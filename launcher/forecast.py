@@ -8,8 +8,8 @@ from launcher.command import ALIASES, Command
 from launcher.demand import LORA, training_of
 from launcher.hardware import Hardware, find_hardware
 from launcher.plan import Plan
-from launcher.planner import Planner, plan_anyway, plan_generation, remedy, usual_entries, vocabulary_entries
-from launcher.replicas import plan_evaluation
+from launcher.planner import MOST_ROWS, Planner, plan_anyway, plan_generation, remedy, usual_entries, vocabulary_entries
+from launcher.replicas import plan_evaluation, scoring_planner
 from launcher.speed import Speed, card_of, decoding, load_seconds, scoring, training
 from launcher.train_plan import TrainPlanner, words_for
 from megatron_lite.config.load import load_config
@@ -93,7 +93,8 @@ def _works(script: object) -> list[str]:
 def _generation(config: RunConfig, hardware: Hardware, entries: int) -> Forecast:
     def remark(plan: Plan, planner: Planner) -> str:
         if planner.shares and plan.hardware.devices[0].free is not None:
-            return f"room for {_rows(planner.room(plan.layout))} of up to {plan.context} tokens, which shorter ones share"
+            room = planner.room(plan.layout)
+            return f"room for {_rows(room)}{' or more' * (room == MOST_ROWS)} of up to {plan.context} tokens, which shorter ones share"
         return f"{_rows(plan.rows)} at once of up to {plan.context} tokens (generation_batch_size={plan.rows})"
 
     def speeds(plan: Plan, spec: ModelSpec, card: Card) -> tuple[Speed, ...]:
@@ -106,7 +107,7 @@ def _evaluation(config: RunConfig, hardware: Hardware, entries: int) -> Forecast
     def remark(plan: Plan, planner: Planner) -> str:
         return f"{plan.context} tokens at once in every replica"
 
-    return _serving("evaluation", plan_evaluation, Planner(config, hardware, entries), remark, lambda plan, spec, card: (scoring(plan, spec, card),))
+    return _serving("evaluation", plan_evaluation, scoring_planner(config, hardware, entries), remark, lambda plan, spec, card: (scoring(plan, spec, card),))
 
 
 def _serving(
@@ -117,17 +118,16 @@ def _serving(
     speeds: Callable[[Plan, ModelSpec, Card], tuple[Speed, ...]],
 ) -> Forecast:
     """The forecast of work that only reads weights, with what is said of a plan that fits."""
-    parts = planner.config, planner.hardware, planner.entries
     try:
-        plan = plan_of(*parts)
+        plan = plan_of(planner.config, planner.hardware, planner.entries)
     except FitError:
-        return Forecast(work, plan_anyway(*parts), False, remedy(planner))
+        return Forecast(work, plan_anyway(planner), False, remedy(planner))
     card = card_of(plan)
     return Forecast(work, plan, True, remark(plan, planner), speeds(plan, planner.spec(plan.layout), card) if card else ())
 
 
 def _rows(count: int) -> str:
-    return f"{count} row{'s' * (count > 1)}"
+    return f"{count:,} row{'s' * (count > 1)}"
 
 
 def _full_training(config: RunConfig, hardware: Hardware, entries: int) -> Forecast:

@@ -88,7 +88,9 @@ def _bar(forecast: Forecast) -> str:
 
 
 def _remarks(outlook: Outlook) -> str:
-    lines = [(forecast.work, "" if forecast.fits else "does not fit: ", forecast.remark) for forecast in outlook.forecasts]
+    limit = outlook.hardware.limit
+    short = f"does not fit{f' in the {gigabytes(limit)} that gpu-memory-limit allows' if limit is not None else ''}: "
+    lines = [(forecast.work, "" if forecast.fits else short, forecast.remark) for forecast in outlook.forecasts]
     lines += [(work, "not at all: ", reason) for work, reason in outlook.refused]
     width = max(len(work) for work, _, _ in lines)
     return "\n".join(f"{work.ljust(width)}  {verdict}{remark}" for work, verdict, remark in lines)
@@ -107,7 +109,8 @@ def _speed_lines(outlook: Outlook) -> Iterator[str]:
     for forecast in known:
         yield f"  {forecast.work.ljust(13)}  {', '.join(map(_speed, forecast.speeds))}"
     if outlook.forecasts and not any(card_of(forecast.plan) for forecast in outlook.forecasts):
-        what = "CPUs" if outlook.hardware.kind == "CPU" else outlook.hardware.devices[0].name
+        name = "CPUs" if outlook.hardware.kind == "CPU" else outlook.hardware.devices[0].name
+        what = "GPUs of which only the memory is named" if name.endswith("B") and name[0].isdigit() else name
         yield f"  tokens/s       not known of {what}; name a card, such as gpus=2xRTX3090"
 
 

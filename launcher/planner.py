@@ -97,14 +97,18 @@ def usual_entries(config: RunConfig) -> tuple[int, str]:
 
 
 def plan_generation(config: RunConfig, hardware: Hardware, entries: int, *, demand: Demand | None = None) -> Plan:
-    """The plan for generation or evaluation. Raises LayoutError or FitError where nothing that was asked for can run."""
-    planner = Planner(config, hardware, entries, demand)
-    layout, line = fit_devices(planner.wish, hardware, planner.spec(planner.wish.layout))
+    """The plan for generation. Raises LayoutError or FitError where nothing that was asked for can run."""
+    return plan_with(Planner(config, hardware, entries, demand))
+
+
+def plan_with(planner: Planner) -> Plan:
+    """The plan that this planner finds to fit. Raises LayoutError or FitError."""
+    layout, line = fit_devices(planner.wish, planner.hardware, planner.spec(planner.wish.layout))
     first = planner.weigh(layout, planner.row_choices[0])
     shortage = first.shortage()
     if shortage is None:
         return with_note(first, line)
-    plan = next(planner.fitting([layout, *layouts_for(planner.wish, len(hardware), planner.spec(layout))]), None)
+    plan = next(planner.fitting([layout, *layouts_for(planner.wish, len(planner.hardware), planner.spec(layout))]), None)
     if plan is None:
         least = planner.weigh(layout, planner.row_choices[-1])
         raise FitError(f"{planner.wish.where} with {layout} and {_rows(least.rows)} at once {least.shortage()}; {remedy(planner)}")
@@ -112,10 +116,9 @@ def plan_generation(config: RunConfig, hardware: Hardware, entries: int, *, dema
     return replace(with_note(with_note(plan, line), f"{layout} {shortage}: using {_differences(planner, first, plan)}"), fewer_rows=fewer)
 
 
-def plan_anyway(config: RunConfig, hardware: Hardware, entries: int, *, demand: Demand | None = None) -> Plan:
+def plan_anyway(planner: Planner) -> Plan:
     """What was asked for, or fitted to the devices, whether memory holds it or not."""
-    planner = Planner(config, hardware, entries, demand)
-    layout, line = fit_devices(planner.wish, hardware, planner.spec(planner.wish.layout))
+    layout, line = fit_devices(planner.wish, planner.hardware, planner.spec(planner.wish.layout))
     return with_note(planner.weigh(layout, planner.row_choices[0]), line)
 
 

@@ -12,8 +12,8 @@ from launcher.hardware import Hardware
 from launcher.job import Job
 from launcher.multinode import run_on_hosts
 from launcher.plan import Plan, with_note
-from launcher.planner import plan_anyway, plan_generation, plan_settings, usual_entries, vocabulary_entries
-from launcher.replicas import plan_evaluation, with_replicas
+from launcher.planner import Planner, plan_anyway, plan_generation, plan_settings, usual_entries, vocabulary_entries
+from launcher.replicas import plan_evaluation, scoring_planner, with_replicas
 from launcher.show import describe_devices, show_run
 from launcher.site import Site, find_site
 from launcher.spawn import new_log_folder, spawn
@@ -82,7 +82,7 @@ def _plan(command: Command, config: RunConfig, hardware: Hardware, entries: int,
         problems.append(problem)
         if command.script == "train":
             return plan_training(config, hardware, entries, anyway=True)
-        return plan_anyway(config, hardware, entries, demand=demand)
+        return plan_anyway(scoring_planner(config, hardware, entries) if command.script == "evaluate" else Planner(config, hardware, entries, demand))
 
 
 def show(run: Run) -> int:

@@ -97,7 +97,7 @@ def test_two_number_formats_in_one_file_contradict_each_other():
 
 def test_missing_shapes_are_listed_with_what_to_do():
     assert complaint('{"temperature": 1.0}') == (
-        "num_layers, hidden_size, num_attention_heads, seq_length, max_position_embeddings must be set, and is not in x.yml; "
+        "num_layers, hidden_size, num_attention_heads, seq_length, max_position_embeddings must be set, and are not in x.yml; "
         "name a model's own configuration file as well, such as configs/20B.yml"
     )
 

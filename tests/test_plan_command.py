@@ -41,7 +41,7 @@ def test_the_plan_of_20b_on_two_cards_of_24_gb_as_it_is_printed(capsys: pytest.C
         "does not fit: 32 such GPUs would do: pipe-parallel-size=1 model-parallel-size=1 train_micro_batch_size_per_gpu=1 zero_optimization.stage=3"
         " (22.3 GB a process)"
     ]
-    assert "  tokens/s       not known of 24 GB; name a card, such as gpus=2xRTX3090" in lines
+    assert "  tokens/s       not known of GPUs of which only the memory is named; name a card, such as gpus=2xRTX3090" in lines
 
 
 def test_it_answers_without_torch() -> None:
@@ -88,6 +88,24 @@ def test_a_stated_vocabulary_needs_no_tokenizer(capsys: pytest.CaptureFixture[st
     lines = printed(capsys, "configs/llama/7B.yml", "gpus=8x80GB", "script=generate.py", "vocab_file=nowhere.model", "padded_vocab_size=32016")
     assert "vocabulary 32,016 (" in lines[0]
     assert not any("tokenizer" in line for line in lines)
+
+
+def test_evaluation_that_does_not_fit_is_shown_without_a_cache_which_scoring_does_not_keep() -> None:
+    found = forecasts("configs/20B.yml", "gpus=1x16GB")
+    assert (found["evaluation"].fits, found["generation"].fits) == (False, False)
+    assert found["evaluation"].plan.stages[0].cache == 0 < found["generation"].plan.stages[0].cache
+    assert "3 such GPUs would do" in found["evaluation"].remark
+    assert "4 such GPUs would do" in found["generation"].remark
+    enough = forecasts("configs/20B.yml", "gpus=3x16GB")
+    assert (enough["evaluation"].fits, enough["generation"].fits) == (True, False)
+
+
+def test_the_words_of_a_plan_say_what_limits_it(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = printed(capsys, "configs/gpt-j-2x10GB.yml", "gpus=8x80GB")
+    assert any(line.startswith("full training  does not fit in the 10.0 GB that gpu-memory-limit allows: 32 such GPUs would do") for line in lines)
+    assert any("not known of GPUs of which only the memory is named; name a card" in line for line in lines)
+    lines = printed(capsys, "configs/tiny.yml", "gpus=8x80GB", "script=generate.py")
+    assert "generation  room for 1,024 rows or more of up to 512 tokens, which shorter ones share" in lines
 
 
 def test_the_least_change_that_makes_a_training_fit_is_told() -> None:

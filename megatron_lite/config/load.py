@@ -140,7 +140,8 @@ def _wrong(place: Sequence[int | str], found: object) -> tuple[str, str]:
 def _missing(stated: Stated, paths: Sequence[Path]) -> Iterator[str]:
     if missing := [key for key in REQUIRED if key not in stated]:
         places = ", ".join(map(str, paths)) or "any file"
-        yield f"{', '.join(missing)} must be set, and is not in {places}; name a model's own configuration file as well, such as configs/20B.yml"
+        are = "is" if len(missing) == 1 else "are"
+        yield f"{', '.join(missing)} must be set, and {are} not in {places}; name a model's own configuration file as well, such as configs/20B.yml"
 
 
 def _notes(stated: Stated) -> Iterator[str]:
