@@ -73,9 +73,10 @@ def hardware_named(text: str) -> Hardware:
 def _cards_named(part: str, text: str) -> tuple[Device, ...]:
     match = GPUS.fullmatch(part.strip())
     count, name = (int(match[1] or 1), match[2].strip()) if match else (0, "")
-    if not 0 < count <= MOST:
+    size = SIZE.fullmatch(name)
+    if not 0 < count <= MOST or (size and not float(size[1])):
         raise ConfigError(f"gpus is {text!r}; write a number of GPUs and their memory or name, such as gpus=2x24GB or gpus=8xH100")
-    if size := SIZE.fullmatch(name):
+    if size:
         unit = 2**30 if size[2].lower() == "gib" else 10**9
         return (Device(f"{size[1]} {'GiB' if unit == 2**30 else 'GB'}", int(float(size[1]) * unit)),) * count
     card = card_named(name)

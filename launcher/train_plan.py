@@ -96,7 +96,7 @@ class TrainPlanner:
                 full = (choice for choice in self.fitting(self.layouts(count), replace(hardware, devices=(smallest,) * count)) if not choice[0].lora)
                 if choice := next(full, None):
                     return f"{count} such GPUs would do: {_choice(*choice, self.planner.wish.layout)}"
-        return f"nor would {MOST_DEVICES} such GPUs do"
+        return f"not even {MOST_DEVICES} such GPUs would do"
 
 
 def plan_training(config: RunConfig, hardware: Hardware, entries: int, *, anyway: bool = False) -> Plan:

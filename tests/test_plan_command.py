@@ -104,6 +104,7 @@ def test_the_words_of_a_plan_say_what_limits_it(capsys: pytest.CaptureFixture[st
     lines = printed(capsys, "configs/gpt-j-2x10GB.yml", "gpus=8x80GB")
     assert any(line.startswith("full training  does not fit in the 10.0 GB that gpu-memory-limit allows: 32 such GPUs would do") for line in lines)
     assert any("not known of GPUs of which only the memory is named; name a card" in line for line in lines)
+    assert "full training  does not fit: not even 256 such GPUs would do" in printed(capsys, "configs/20B.yml", "gpus=1x1GB")
     lines = printed(capsys, "configs/tiny.yml", "gpus=8x80GB", "script=generate.py")
     assert "generation  room for 1,024 rows or more of up to 512 tokens, which shorter ones share" in lines
 
@@ -155,6 +156,7 @@ def test_machines_are_named_by_number_and_memory_or_card() -> None:
     assert len(hardware_named("8xH100")) == 8
     for text, sentence in {
         "0x24GB": "write a number of GPUs and their memory or name, such as gpus=2x24GB or gpus=8xH100",
+        "2x0GB": "write a number of GPUs and their memory",
         "2xGTX970": "GTX970 is no card that is known here (B200, ",
         "": "write a number of GPUs",
     }.items():
