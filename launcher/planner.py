@@ -160,7 +160,9 @@ def remedy(planner: Planner) -> str:
     smallest = min(hardware.devices, key=lambda device: device.free or 0)
     more = replace(hardware, devices=(smallest,) * MOST_DEVICES)
     plan = next(planner.fitting(_smallest_first(planner, wish, MOST_DEVICES), more), None)
-    enough = f"{plan.layout.size} such GPUs would do ({plan.layout}: {gigabytes(plan.largest)} on each)" if plan else f"not even {MOST_DEVICES} such GPUs would do"
+    enough = (
+        f"{plan.layout.size} such GPUs would do ({plan.layout}: {gigabytes(plan.largest)} on each)" if plan else f"not even {MOST_DEVICES} such GPUs would do"
+    )
     return f"no layout fits on what is here ({hardware.found}); {_asking_less(planner, wish)}{enough}"
 
 
