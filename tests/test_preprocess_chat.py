@@ -1,11 +1,18 @@
 """Conversations by the template of a tokenizer: what the assistant adds is learned, whatever the template writes around it."""
 
+import json
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
+from megatron_lite.data.corpus import open_corpus
 from megatron_lite.data.documents import Record
 from megatron_lite.data.forms import Conversation, Segment, templated
+from megatron_lite.data.packing import Packing
+from megatron_lite.data.samples import Samples
+from megatron_lite.data.tokenizer import CharLevelTokenizer
 from megatron_lite.errors import DataError
 
 CHATML = (
@@ -37,6 +44,38 @@ def test_a_template_may_know_the_tokenizers_tokens_and_need_no_invitation() -> N
     found = segments(LLAMA, CHAT, bos_token="<s>", eos_token="</s>")
     assert "".join(segment.text for segment in found) == "<s>[INST] Hi [/INST] Hello</s>[INST] Bye [/INST] Farewell</s>"
     assert [segment.text for segment in found if segment.learned] == [" Hello</s>", " Farewell</s>"]
+
+
+@pytest.mark.parametrize(
+    ("record", "why"),
+    [
+        ({"messages": [{"role": "user", "content": "Hi"}, {"role": "bot", "content": "Hello"}]}, 'no message has the role "assistant" (or "gpt")'),
+        ({"conversations": [{"from": "human", "value": "Hi"}]}, 'no message has the role "assistant" (or "gpt")'),
+    ],
+)
+def test_a_file_of_which_nothing_would_be_learned_is_refused_when_it_is_tokenized(tmp_path: Path, record: dict[str, object], why: str) -> None:
+    path = tmp_path / "chat.jsonl"
+    path.write_text(f"{json.dumps(record)}\n" * 3)
+    for _ in range(2):  # nothing is left behind that would be found
+        with pytest.raises(DataError) as error:
+            open_corpus(path, CharLevelTokenizer())
+        assert re.fullmatch(
+            rf"{path}: none of the [1-9]\d* tokens is learned, because {re.escape(why)} and something to say; nothing was written", str(error.value)
+        )
+
+
+def test_labels_of_which_none_is_learned_are_refused_when_they_are_opened_to_train_on(tmp_path: Path) -> None:
+    path = tmp_path / "chat.jsonl"
+    chats = [[("user", "Hi")], [("user", "Hi")], [("user", "Hi"), ("assistant", "Hello")]]
+    records = [{"messages": [{"role": role, "content": content} for role, content in chat]} for chat in chats]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    corpus = open_corpus(path, CharLevelTokenizer())
+    packing = Packing(8, 0, "packed", True)
+    sentence = r"chat\.jsonl-.*_messages_label_document has no label for any token of the 2 sequences to train on, so that nothing would be learned"
+    with pytest.raises(DataError, match=sentence):
+        Samples(corpus, range(2), purpose="train", count=1, packing=packing)
+    assert len(Samples(corpus, range(3), purpose="train", count=1, packing=packing)) >= 1
+    assert len(Samples(corpus, range(2), purpose="valid", count=1, packing=packing)) >= 1  # whose loss is then 0
 
 
 @pytest.mark.parametrize(

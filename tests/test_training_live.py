@@ -106,6 +106,16 @@ def test_the_first_loss_of_a_fine_tuning_is_what_scoring_finds_with_the_same_che
     assert "evaluation finds the loss that training finds in the first rows: " in capfd.readouterr().err
 
 
+def test_of_answers_in_conversations_the_two_losses_say_what_they_are_of(base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    chat = {"messages": [{"role": "user", "content": "the fox went into " * 4}, {"role": "assistant", "content": "wood and saw a bird"}]}
+    (tmp_path / "chat.jsonl").write_text(f"{json.dumps(chat)}\n" * 40)
+    config = write_training(tmp_path, load=str(base), finetune=True, train_iters=1, data_path=str(tmp_path / "chat.jsonl"))
+    assert trained(config, uses=Uses(measure=unlikelihoods)) == [None]
+    said = capfd.readouterr().err
+    assert f"loss before training: {losses(tmp_path)[1]:.4f}, of the tokens that are learned\n" in said
+    assert "evaluation finds the loss that training finds in the first rows, of all tokens, learned or not: " in said
+
+
 def test_a_training_whose_loss_is_not_that_of_evaluation_does_not_begin(base: Path, tmp_path: Path) -> None:
     def wrong(stage: Stage, spec: ModelSpec, rows: Sequence[Sequence[int]], words: int) -> list[float]:
         return [1.01 * value for value in unlikelihoods(stage, spec, rows, words)]

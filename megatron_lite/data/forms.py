@@ -23,12 +23,14 @@ class Segment(NamedTuple):
 
 
 class Form(Protocol):
-    """Turns records into segments. `key` names the data set, `masks` says that some segments are not learned."""
+    """Turns records into segments. `key` names the data set, `masks` says that some segments are not learned, `lacks` why none is if so."""
 
     @property
     def key(self) -> str: ...
     @property
     def masks(self) -> bool: ...
+    @property
+    def lacks(self) -> str: ...
     def segments(self, record: Record) -> Iterator[Segment]: ...
 
 
@@ -38,6 +40,7 @@ class Text:
 
     key: str
     masks: bool = False
+    lacks: str = "there is no text"
 
     def segments(self, record: Record) -> Iterator[Segment]:
         text, start = _text(record, self.key), 0
@@ -53,6 +56,7 @@ class Completion:
 
     key: str = "completion"
     masks: bool = True
+    lacks: str = "there is no completion"
 
     def segments(self, record: Record) -> Iterator[Segment]:
         yield Segment(_text(record, "prompt"), learned=False)
@@ -74,6 +78,7 @@ class Conversation:
     key: str
     template: Template
     masks: bool = True
+    lacks: str = 'no message has the role "assistant" (or "gpt") and something to say'
 
     def segments(self, record: Record) -> Iterator[Segment]:
         listed = record.fields.get(self.key)

@@ -83,6 +83,8 @@ def _check(files: Sequence[TextFile], outputs: "dict[str, _Output]", keys: Seque
     if missing:
         names = ", ".join(str(file.path) for file in files)
         raise DataError(f'{names}: no document with a token under "{missing[0]}" in {sum(file.bytes for file in files):,} bytes; nothing was written')
+    for output in outputs.values():
+        output.check(files)
 
 
 def entries_of(file: TextFile, recipe: Recipe) -> Iterator[Entry]:
@@ -162,6 +164,11 @@ class _Output:
             tokens.append(eod)
             labels.append(eod if learned else MASKED)
         return tokens, labels
+
+    def check(self, files: Sequence[TextFile]) -> None:
+        if self._labels and not self._learned:
+            names = ", ".join(str(file.path) for file in files)
+            raise DataError(f"{names}: none of the {self.tokens:,} tokens is learned, because {self._form.lacks}; nothing was written")
 
     def finish(self) -> Written:
         for writer in filter(None, (self._tokens, self._labels)):

@@ -35,6 +35,8 @@ class Samples:
 
     def __init__(self, corpus: Corpus, part: range, *, purpose: str, count: int, packing: Packing) -> None:
         self._corpus, self._packing, self._purpose = corpus, packing, purpose
+        if purpose.startswith("train"):
+            _check_learned(corpus, part)
         documents = Documents(part.start, corpus.tokens.sizes[part.start : part.stop], lambda: usable(corpus, part, packing))
         self._maps = sample_maps(MapFiles(corpus.tokens.prefix, purpose, count, packing, origin_of(corpus, part)), documents)
 
@@ -73,6 +75,15 @@ class Samples:
             joined[filled : filled + stop - start] = dataset.read(sequence, start, stop)
             filled += stop - start
         return joined
+
+
+def _check_learned(corpus: Corpus, part: range) -> None:
+    """Raises DataError where there is nothing to train on. Looks as far as the first label."""
+    labels = corpus.labels
+    if labels is not None and not any((labels.read(sequence) >= 0).any() for sequence in part):
+        raise DataError(
+            f"{labels.prefix} has no label for any token of the {len(part):,} sequences to train on, so that nothing would be learned; use other data"
+        )
 
 
 def usable(corpus: Corpus, part: range, packing: Packing) -> NDArray[np.bool_]:

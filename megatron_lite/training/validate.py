@@ -44,19 +44,19 @@ class Validator:
             return
         loss = self.engine.validate(stream(training, batches, training.progress.samples), training.recipe.batching.accumulation)
         guessing = math.log(training.progress.words)
-        logger.info(f"loss before training: {loss:.4f}")
+        first = batches.at(training.progress.samples, training.recipe.batching.micro)
+        logger.info(f"loss before training: {loss:.4f}{'' if first.loss_mask.all() else ', of the tokens that are learned'}")
         if not loss < guessing and training.mesh.is_writer:  # once is enough
             logger.warning(
                 f"the loaded model does no better than guessing (loss {loss:.2f}, guessing {guessing:.2f}); is the tokenizer the model's own, and are "
                 "rotary_pct, bias_gelu_fusion and gpt_j_residual those it was trained with?"
             )
         if measure is not None and math.isfinite(loss):
-            self._compare(batches, measure)
+            self._compare(first, measure)
 
-    def _compare(self, batches: Batches, measure: Measure) -> None:
+    def _compare(self, first: TokenBatch, measure: Measure) -> None:
         """Raises TrainingError where the engine finds another loss than scoring does, of the same rows and weights: the training would be of another model."""
         training = self.training
-        first = batches.at(training.progress.samples, training.recipe.batching.micro)
         learned = torch.ones_like(first.loss_mask)
         learned[:, -1] = 0  # what follows the last token is not asked
         plain = TokenBatch(first.tokens, first.tokens.roll(-1, dims=1), learned)
@@ -69,7 +69,8 @@ class Validator:
                 f"the loss before training is {trained:.4f} in training and {scored:.4f} in evaluation, of the same rows and weights; that is a fault of this "
                 f"program or of the installed DeepSpeed on {training.mesh.layout}: try another layout, and report it"
             )
-        logger.info(f"evaluation finds the loss that training finds in the first rows: {scored:.4f}")
+        every = "" if first.loss_mask.all() else ", of all tokens, learned or not"
+        logger.info(f"evaluation finds the loss that training finds in the first rows{every}: {scored:.4f}")
 
 
 def stream(training: Training, batches: Batches, consumed: int) -> Iterator[TokenBatch]:
