@@ -9,7 +9,7 @@ import pytest
 from megatron_lite.config.sections import LoggingSection
 from megatron_lite.errors import ConfigError, OutputError
 from megatron_lite.metrics import wandb as backend
-from megatron_lite.metrics.metrics import JsonLines, Several, open_metrics
+from megatron_lite.metrics.metrics import JsonLines, Several, forget, open_metrics
 from megatron_lite.metrics.tensorboard import open_tensorboard
 from megatron_lite.metrics.wandb import Wandb, is_wanted, open_wandb
 from tests.disks import no_file_beyond
@@ -52,6 +52,31 @@ def test_a_line_that_a_killed_run_left_unfinished_is_taken_away(tmp_path: Path, 
         metrics.close()
         steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
         assert steps == [1] * whole.count("\n") + [2]
+
+
+def test_lines_of_steps_that_are_taken_again_are_dropped_and_all_others_kept_as_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    forget(path, after=0)
+    assert not path.exists()
+    lines = ['{"step": 1, "a": 1}\n', '{"time": 2.5}\n', "no JSON \udcff\n", "[3]\n", '{"step": 3, "a": 1}\n', '{"step": 2, "a": 1}\n', '{"step": 4']
+    path.write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
+    file = path.stat().st_ino
+    forget(path, after=3)
+    assert path.stat().st_ino == file
+    with Lines() as said:
+        forget(path, after=2)
+    assert path.read_text(encoding="utf-8", errors="surrogateescape") == "".join([*lines[:4], *lines[5:]])
+    assert said == [f"{path}: 1 line of steps behind 2 dropped, because they are taken again"]
+    assert [found.name for found in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_disk_that_is_full_when_lines_are_dropped_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n' * 20 + '{"step": 2}\n')
+    with no_file_beyond(80), pytest.raises(OutputError, match="cannot be written anew without its steps behind 1: File too large; free some space"):
+        forget(path, after=1)
+    assert path.read_text() == '{"step": 1}\n' * 20 + '{"step": 2}\n'
+    assert [found.name for found in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_tensorboard_shows_the_same_names_and_of_steps_that_were_taken_twice_the_later(tmp_path: Path) -> None:

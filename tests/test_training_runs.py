@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 import megatron_lite.training.train as loop
 from megatron_lite.checkpoint.find import find_checkpoint
 from megatron_lite.errors import OutputError
+from megatron_lite.metrics.curves import read_runs
 from megatron_lite.parallel.layout import Layout
 from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.training import folders
@@ -70,6 +73,67 @@ def test_a_training_that_was_stopped_goes_on_bit_by_bit(tmp_path: Path) -> None:
     assert trained(config, exit_interval=4) == [None]
     assert trained(config) == [None]
     assert losses(parts) == losses(whole)
+
+
+def test_a_step_that_is_taken_again_stands_once_in_the_metrics_and_in_the_same_curve(tmp_path: Path) -> None:
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    for folder in (whole, again):
+        folder.mkdir()
+    trained(write_training(whole))
+    config = write_training(again, load=str(again / "out"), checkpoint_factor=2)
+    assert trained(config, exit_interval=5) == [None]
+    shutil.rmtree(again / "out" / "global_step5")  # as after a kill before it was saved
+    (again / "out" / "latest").write_text("global_step4")
+    assert trained(config) == [None]
+    steps = [line["step"] for line in metrics(again) if "train/lm_loss" in line]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert metrics(again)[0]["time"] < metrics(again)[-1]["time"]
+    (one, other) = read_runs([whole / "out", again / "out"])
+    for name in ("train/lm_loss", "train/grad_norm", "validation/lm_loss", "test/lm_loss"):
+        assert one.curves[name] == other.curves[name]
+
+
+def test_a_training_that_begins_anew_for_want_of_a_checkpoint_begins_its_metrics_anew(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "metrics.jsonl").write_text('{"step": 1, "train/lm_loss": 9.0}\n{"step": 7, "train/lm_loss": 9.0}\n')
+    assert trained(write_training(tmp_path, load=str(tmp_path / "out"), train_iters=2)) == [None]
+    assert [(line["step"], line["train/lm_loss"] < 9.0) for line in metrics(tmp_path) if "train/lm_loss" in line] == [(1, True), (2, True)]
+
+
+@pytest.mark.parametrize(
+    ("layout", "settings", "sentence"),
+    [
+        (Layout(), {"checkpoint_factor": 2}, "the last step that is saved is 2, in {out}/global_step2: load={out} finetune=false goes on from there"),
+        (
+            Layout(pp=2),
+            {"checkpoint_factor": 2, "load": "{out}"},
+            "the last step that is saved is 2, in {out}/global_step2: the same command goes on from there",
+        ),
+        (Layout(), {}, "no step is saved in {out} yet, and nothing is left of this training; ended with SIGTERM (kill) it saves first"),
+        (Layout(), {"save": None, "log_dir": "{out}"}, "nothing is saved, because save is not set"),
+        (Layout(), {"check": True}, "nothing is saved, because this is a check"),
+    ],
+    ids=str,
+)
+def test_ctrl_c_leaves_with_the_step_that_is_on_disk(
+    tmp_path: Path, layout: Layout, settings: dict[str, object], sentence: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    stated = {key: value.format(out=out) if isinstance(value, str) else value for key, value in settings.items()}
+    step, taken = Engine.step, []
+
+    def step_and_signal(self: Engine, *args: object, **named: object) -> object:
+        taken.append(step(self, *args, **named))  # pyright: ignore[reportArgumentType]
+        if len(taken) == 3 or "checkpoint_factor" not in settings:
+            while "checkpoint_factor" in settings and not (out / "latest").exists():
+                time.sleep(0.01)
+            signal.raise_signal(signal.SIGINT)
+        return taken[-1]
+
+    monkeypatch.setattr(Engine, "step", step_and_signal)
+    assert trained(write_training(tmp_path, train_iters=200, **stated), layout) == [130] * layout.size
+    assert capfd.readouterr().err.splitlines()[-1] == f"stopped; {sentence.format(out=out)}"
+    assert not (out / "check").exists()
 
 
 def test_a_training_goes_on_with_smaller_steps_over_samples_it_has_not_seen(tmp_path: Path) -> None:
@@ -137,9 +201,19 @@ def test_a_loss_that_stays_nan_ends_the_training_with_a_sentence(tmp_path: Path,
 
 def test_a_check_takes_two_steps_and_leaves_no_checkpoint(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert trained(write_training(tmp_path, check=True)) == [None]
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["metrics.jsonl"]
     assert "trained 2 steps" in (said := capfd.readouterr().err)
     assert "the check is passed" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_check_of_a_training_that_goes_on_leaves_everything_as_it_was(tmp_path: Path) -> None:
+    board = tmp_path / "board"
+    config = write_training(tmp_path, load=str(tmp_path / "out"), tensorboard_dir=str(board))
+    assert trained(config, exit_interval=3) == [None]
+    before = {path: path.read_bytes() for folder in (tmp_path / "out", board) for path in folder.rglob("*") if path.is_file()}
+    assert trained(config, Layout(pp=2), check=True) == [None, None]
+    assert {path: path.read_bytes() for folder in (tmp_path / "out", board) for path in folder.rglob("*") if path.is_file()} == before
+    assert not (tmp_path / "out" / "check").exists()
 
 
 @pytest.mark.parametrize(

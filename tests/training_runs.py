@@ -64,6 +64,8 @@ def trained(config: Path, layout: Layout | None = None, uses: Uses | None = None
             run_training(settle(load_config([config], {**sizes, **overrides}), mesh), uses or Uses())
         except SystemExit as end:
             return end.code
+        except KeyboardInterrupt:
+            return 130
         except Exception as error:
             return f"{type(error).__name__}: {error}"
         return None

@@ -1,6 +1,8 @@
-"""A request to stop, such as a scheduler's SIGTERM, heard by any process and obeyed by all at the end of the same step."""
+"""A request to stop, such as a scheduler's SIGTERM, heard by any process and obeyed by all at the end of the same step; and Ctrl-C, which ends it at once."""
 
 import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
@@ -31,6 +33,27 @@ class Interruption:
     def close(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def last_words(say: Callable[[], object]) -> Iterator[None]:
+    """Calls `say` where Ctrl-C ends what is done meanwhile, whatever the other processes' end breaks first."""
+    asked = False
+
+    def note(number: int, frame: FrameType | None) -> NoReturn:
+        nonlocal asked
+        asked = True
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        with suppress(KeyboardInterrupt):  # which may have been waiting for us to come back from a library
+            signal.signal(signal.SIGINT, before)
+        if asked:
+            say()
+            raise KeyboardInterrupt
 
 
 def stop() -> NoReturn:

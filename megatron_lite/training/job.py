@@ -2,22 +2,30 @@
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
 
 from torch import nn
 
-from megatron_lite.config.sections import RunConfig
+from megatron_lite.config.sections import LoggingSection, RunConfig
 from megatron_lite.config.show import settings
 from megatron_lite.log import logger
+from megatron_lite.metrics.metrics import FILE, Metrics, forget, open_metrics
 from megatron_lite.parallel.quantized import BITS
+from megatron_lite.training.beginning import goes_on_from
 from megatron_lite.training.engine import Engine
+from megatron_lite.training.folders import step_of
 from megatron_lite.training.lora import adapters_of
+from megatron_lite.training.samples import FILE as SAMPLES
 from megatron_lite.training.save import WHOLE_MODEL, Progress, Retention, Saver
 from megatron_lite.training.start import Training
 
 LOGS = Path("logs")
+CHECK = "check"
+"""The folder in that of a training where a check of it keeps everything."""
 
 
 class Nowhere:
@@ -36,8 +44,6 @@ class Trial(Saver):
 
     def close(self) -> None:
         self.mesh.wait()
-        if self.mesh.is_writer:
-            shutil.rmtree(self.folder)
 
     @property
     def kept(self) -> str:
@@ -50,7 +56,7 @@ def saver_for(training: Training) -> "Saver | Nowhere":
     if section.save is None:
         return Nowhere()
     retention = Retention(section.keep_last_n_checkpoints, section.extra_save_iters or ())
-    kind, folder = (Trial, section.save / "check") if training.config.training.check else (Saver, section.save)
+    kind, folder = (Trial, section.save / CHECK) if training.config.training.check else (Saver, section.save)
     lora, run = training.config.training.lora, training.run
     contents = adapters_of(run, lora) if run and lora else WHOLE_MODEL
     return kind(folder, training.mesh, retention, configs=training.config.files, contents=contents, with_optimizer=not section.no_save_optim)
@@ -71,7 +77,46 @@ def told(config: RunConfig) -> dict[str, object]:
 
 def metrics_folder(config: RunConfig) -> Path:
     """Beside the checkpoints, where there are any."""
-    return config.checkpoint.save or config.logging.log_dir or LOGS
+    folder = config.checkpoint.save or config.logging.log_dir or LOGS
+    return folder / CHECK if config.training.check else folder
+
+
+def metrics_section(config: RunConfig) -> LoggingSection:
+    """Where numbers go beside the folder: those of a check nowhere, for the real run's curves would begin with them."""
+    return config.logging.model_copy(update={"use_wandb": False, "tensorboard_dir": None}) if config.training.check else config.logging
+
+
+@contextmanager
+def numbers(training: Training) -> Iterator[Metrics]:
+    """Where this training reports to. Steps that it takes again leave the files of the run that it goes on with; a check leaves no file at all."""
+    config, is_writer, done = training.config, training.mesh.is_writer, training.progress.iteration
+    folder = metrics_folder(config)
+    made = [path for path in (folder, *folder.parents) if not path.exists()] if config.training.check else []
+    if is_writer and config.checkpoint.save:  # other folders are for whatever runs there are
+        for name in (FILE, SAMPLES):
+            forget(folder / name, after=done)
+    try:
+        with open_metrics(metrics_section(config), told(config), folder=folder, is_writer=is_writer, after=done or None) as metrics:
+            yield metrics
+    finally:
+        if is_writer and config.training.check:
+            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):
+                for path in made[1:]:
+                    path.rmdir()
+
+
+def on_disk(config: RunConfig) -> str:
+    """What a training that is cut off leaves behind, and what it takes to go on from there."""
+    save, (key, load) = config.checkpoint.save, goes_on_from(config)
+    if save is None or config.training.check:
+        return "nothing is saved, because " + ("save is not set" if save is None else "this is a check")
+    steps = [step for path in save.glob("global_step*") if (step := step_of(path)) is not None]
+    if not steps:
+        return f"no step is saved in {save} yet, and nothing is left of this training; ended with SIGTERM (kill) it saves first"
+    same = load is not None and load.resolve() == save.resolve() and not config.checkpoint.finetune
+    how = "the same command goes on from there" if same else f"{key}={save} finetune=false goes on from there"
+    return f"the last step that is saved is {max(steps)}, in {save / f'global_step{max(steps)}'}: {how}"
 
 
 def announce(training: Training, engine: Engine) -> None:

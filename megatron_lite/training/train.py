@@ -10,12 +10,12 @@ from megatron_lite.config.sections import RunConfig
 from megatron_lite.data.batches import TokenBatch
 from megatron_lite.errors import DataError, TrainingError
 from megatron_lite.log import logger
-from megatron_lite.metrics.metrics import Metrics, open_metrics
+from megatron_lite.metrics.metrics import Metrics
 from megatron_lite.training.beginning import goes_on_from
 from megatron_lite.training.engine import Step
 from megatron_lite.training.hang import SAVING
-from megatron_lite.training.interrupt import Interruption, stop
-from megatron_lite.training.job import announce, identify, metrics_folder, saver_for, told
+from megatron_lite.training.interrupt import Interruption, last_words, stop
+from megatron_lite.training.job import announce, identify, metrics_folder, numbers, on_disk, saver_for
 from megatron_lite.training.live import Uses, live_stage
 from megatron_lite.training.optimizer import prepare_to_save
 from megatron_lite.training.report import Reporter, clock
@@ -55,8 +55,7 @@ def run_training(training: Training, uses: Uses = NOBODY, *, give_up: GiveUp = g
         uses = NOBODY
     training = identify(training)
     watch = Watch(training.mesh, 60 * config.training.hang_timeout_minutes, give_up)
-    folder, is_writer = metrics_folder(config), training.mesh.is_writer
-    with ExitStack() as last, watch, open_metrics(config.logging, told(config), folder=folder, is_writer=is_writer, after=done or None) as metrics:
+    with last_words(lambda: training.mesh.is_writer and logger.info(f"stopped; {on_disk(config)}")), ExitStack() as last, watch, numbers(training) as metrics:
         Loop(training, metrics, uses, watch).run(last)
 
 
