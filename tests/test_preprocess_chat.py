@@ -23,6 +23,7 @@ LLAMA = (
     "{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %}[INST] {{ message.content }} [/INST]"
     "{% else %} {{ message.content }}{{ eos_token }}{% endif %}{% endfor %}"
 )
+NOBODY = 'no message of the role "assistant" (or "gpt") has any text'
 CHAT = [("user", "Hi"), ("assistant", "Hello"), ("user", "Bye"), ("assistant", "Farewell")]
 
 
@@ -49,8 +50,9 @@ def test_a_template_may_know_the_tokenizers_tokens_and_need_no_invitation() -> N
 @pytest.mark.parametrize(
     ("record", "why"),
     [
-        ({"messages": [{"role": "user", "content": "Hi"}, {"role": "bot", "content": "Hello"}]}, 'no message has the role "assistant" (or "gpt")'),
-        ({"conversations": [{"from": "human", "value": "Hi"}]}, 'no message has the role "assistant" (or "gpt")'),
+        ({"messages": [{"role": "user", "content": "Hi"}, {"role": "bot", "content": "Hello"}]}, NOBODY),
+        ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": ""}]}, NOBODY),
+        ({"prompt": "Hi", "completion": "\n"}, "no completion has any text"),
     ],
 )
 def test_a_file_of_which_nothing_would_be_learned_is_refused_when_it_is_tokenized(tmp_path: Path, record: dict[str, object], why: str) -> None:
@@ -59,9 +61,7 @@ def test_a_file_of_which_nothing_would_be_learned_is_refused_when_it_is_tokenize
     for _ in range(2):  # nothing is left behind that would be found
         with pytest.raises(DataError) as error:
             open_corpus(path, CharLevelTokenizer())
-        assert re.fullmatch(
-            rf"{path}: none of the [1-9]\d* tokens is learned, because {re.escape(why)} and something to say; nothing was written", str(error.value)
-        )
+        assert re.fullmatch(rf"{path}: there is nothing to learn in [1-9]\d* tokens, because {re.escape(why)}; nothing was written", str(error.value))
 
 
 def test_labels_of_which_none_is_learned_are_refused_when_they_are_opened_to_train_on(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ class Completion:
 
     key: str = "completion"
     masks: bool = True
-    lacks: str = "there is no completion"
+    lacks: str = "no completion has any text"
 
     def segments(self, record: Record) -> Iterator[Segment]:
         yield Segment(_text(record, "prompt"), learned=False)
@@ -78,7 +78,7 @@ class Conversation:
     key: str
     template: Template
     masks: bool = True
-    lacks: str = 'no message has the role "assistant" (or "gpt") and something to say'
+    lacks: str = 'no message of the role "assistant" (or "gpt") has any text'
 
     def segments(self, record: Record) -> Iterator[Segment]:
         listed = record.fields.get(self.key)

@@ -130,6 +130,7 @@ class _Output:
         self._tokens = token_writer(data_set_of(prefix, form.key), vocab_size=size)
         self._labels = label_writer(data_set_of(prefix, f"{form.key}_label"), vocab_size=size) if form.masks else None
         self._learned = self._empty = 0
+        self._teaches = False
         self._beginning, self._begins = beginning_of(recipe.tokenizer), True
 
     @property
@@ -141,6 +142,7 @@ class _Output:
             raise DataError(f'"{self._form.key}" is a text in one file and a conversation in another; prepare them one by one')
         tokens, labels = self._learning(entry, encoded)
         self._learned += len(labels) - labels.count(MASKED)
+        self._teaches = self._teaches or any(learned and text.strip() for text, learned, _ in entry.segments)
         for writer, numbers in ((self._tokens, tokens), (self._labels, labels)):
             if writer and numbers:
                 writer.add_sequence(numbers)
@@ -166,9 +168,10 @@ class _Output:
         return tokens, labels
 
     def check(self, files: Sequence[TextFile]) -> None:
-        if self._labels and not self._learned:
+        """Raises DataError where nothing is learned but, at most, that texts end."""
+        if self._labels and not self._teaches:
             names = ", ".join(str(file.path) for file in files)
-            raise DataError(f"{names}: none of the {self.tokens:,} tokens is learned, because {self._form.lacks}; nothing was written")
+            raise DataError(f"{names}: there is nothing to learn in {self.tokens:,} tokens, because {self._form.lacks}; nothing was written")
 
     def finish(self) -> Written:
         for writer in filter(None, (self._tokens, self._labels)):
