@@ -39,6 +39,13 @@ def test_a_folder_that_is_not_there(config: Path, tmp_path: Path) -> None:
     assert refusal(config, load=str(tmp_path / "no")).startswith(f"there is no checkpoint folder {tmp_path / 'no'}; ")
 
 
+def test_a_folder_with_nothing_in_it(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "no").mkdir()
+    assert refusal(config, load=str(tmp_path / "no")) == (
+        f"{tmp_path / 'no'} holds no checkpoint: no file `latest`, no folder global_stepN, no weights; name a folder that does, or download them first"
+    )
+
+
 def test_a_missing_latest_names_the_steps_there_are(step: Path, config: Path) -> None:
     (step.parent / "latest").unlink()
     (step.parent / "global_step9").mkdir()

@@ -68,7 +68,10 @@ def test_older_config_json_that_are_silent_mean_what_transformers_takes_for_gran
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"model_type": "llama"}, "is of a llama model; the configuration describes neox (gpt_neox)"),
+        (
+            {"model_type": "llama", "hidden_act": "silu"},
+            "is of a llama model; the configuration describes neox (gpt_neox): name the YAML of this model, or its own folder",
+        ),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000}}, "says rope_type yarn; only plain rotary positions (default) are built"),
         (
             {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": None},
@@ -102,7 +105,7 @@ def test_a_truncated_file_of_a_folder(folder: Path) -> None:
         lost.write_bytes(lost.read_bytes()[:-100])
     sentence = refusal(folder.parent / "config.yml")
     assert sentence.startswith(f"{folder / 'model-'}")
-    assert "is missing, truncated or damaged" in sentence
+    assert "bytes) is truncated or damaged (" in sentence
 
 
 @pytest.mark.parametrize(

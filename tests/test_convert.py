@@ -263,6 +263,15 @@ def test_the_tokenizer_goes_along_under_the_names_that_transformers_looks_for(tm
     assert copied({"tokenizer_type": "SPMTokenizer", "vocab_file": source / "spiece.model"}) == {"spiece.model": "spiece.model"}
 
 
+def test_a_tokenizer_that_is_not_there_is_missed_aloud(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny, config = (Path(__file__).resolve().parents[1] / each for each in ("checkpoints/tiny", "configs/tiny.yml"))
+    monkeypatch.chdir(tmp_path)  # vocab_file is relative to where the command is given
+    assert main([str(tiny), "hf", "--to", "huggingface", "--config", str(config)]) == 0
+    assert "no tokenizer goes along: checkpoints/tiny/tokenizer.json is not there; name its file with --tokenizer, or put it into hf" in capsys.readouterr().err
+    assert main([str(tiny), "hf2", "--to", "huggingface", "--config", str(config), "--tokenizer", str(tiny / "tokenizer.json")]) == 0
+    assert "no tokenizer goes along" not in capsys.readouterr().err
+
+
 def test_layer_files_without_a_yaml_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_random(tmp_path / "start", SMALL, tp=1)
     assert main([str(tmp_path / "start"), str(tmp_path / "hf"), "--to", "huggingface"]) == 2

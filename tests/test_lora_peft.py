@@ -131,7 +131,7 @@ def test_damaged_folders_are_refused_by_name(tmp_path: Path) -> None:
     write_random_adapters(SMALL, tmp_path / "adapters")
     weights = tmp_path / "adapters" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    assert "adapter_model.safetensors is truncated or damaged" in _refusal(tmp_path)
+    assert "bytes) is truncated or damaged (" in _refusal(tmp_path)
     weights.unlink()
     assert "has an adapter_config.json but no adapter_model.safetensors; is it complete?" in _refusal(tmp_path)
 

@@ -108,7 +108,7 @@ def test_what_is_missing_or_of_another_model_is_one_sentence(tmp_path: Path) -> 
     assert "has 8 shards, which do not divide num_attention_heads 4" in refusal(folder, replace(SPEC, heads=4))
     last = folder / "shard_5" / "15.npz"
     last.write_bytes(last.read_bytes()[:100])
-    assert refusal(folder).startswith(f"{last} is missing, truncated or damaged (")
+    assert refusal(folder).startswith(f"{last} (100 bytes) is truncated or damaged (")
     last.unlink()
     assert refusal(folder) == f"{folder} lacks shard_5/15.npz (the others are 8 shards of 16 files); fetch the missing files again"
 

@@ -84,7 +84,8 @@ def convert(options: argparse.Namespace) -> None:
             averaged = to_neox(model, options.target, tp=tp, step=step, dtype=dtype, progress=advance)
         else:
             averaged = to_huggingface(model, options.target, dtype=dtype, extra={}, progress=advance)
-            copy_tokenizer(tokenizer_files(options, config), options.target)
+            if lacking := copy_tokenizer(tokenizer_files(options, config), options.target):
+                print(f"no tokenizer goes along: {lacking} is not there; name its file with --tokenizer, or put it into {options.target}", file=sys.stderr)
     added = f" with the adapters of {adapters.folder}" if adapters else ""
     print(f"{layout}{added} -> {find_checkpoint(options.target)}")
     if averaged:
@@ -114,10 +115,13 @@ def tokenizer_files(options: argparse.Namespace, config: RunConfig | None) -> di
     return {vocabulary.name if vocabulary.suffix == ".model" else "tokenizer.json": vocabulary} if vocabulary else {}
 
 
-def copy_tokenizer(files: dict[str, Path | None], folder: Path) -> None:
-    for name, path in files.items():
-        if path is not None and path.is_file():
-            shutil.copy(path, folder / name)
+def copy_tokenizer(files: dict[str, Path | None], folder: Path) -> Path | None:
+    """Copies those that are there; where there is none, returns the one that was looked for first."""
+    paths = {name: path for name, path in files.items() if path is not None}
+    found = {name: path for name, path in paths.items() if path.is_file()}
+    for name, path in found.items():
+        shutil.copy(path, folder / name)
+    return None if found else next(iter(paths.values()), None)
 
 
 @torch.inference_mode()

@@ -1,13 +1,13 @@
 """What config.json of a Hugging Face folder says about the model, held against our configuration."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from math import isclose
 from pathlib import Path
 from typing import cast
 
 from megatron_lite.errors import CheckpointError
-from megatron_lite.models.architecture import Architecture
 from megatron_lite.models.spec import Activation, DType, Family, ModelSpec
 
 
@@ -55,7 +55,9 @@ FORMS_OF_GELU: set[Activation] = {"gelu", "gelu_tanh"}
 def read_json(path: Path) -> dict[str, object]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}; check its permissions, or fetch it again") from None
+    except ValueError as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}); fetch it again") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}; a JSON object was expected")
@@ -72,8 +74,10 @@ def stated_facts(folder: Path) -> dict[str, object]:
 
 
 def stated_activation(folder: Path, spec: ModelSpec) -> Activation:
-    """The activation that the folder's model was saved with: of the two forms of GELU its own, else the one of our configuration."""
+    """The activation that the folder's model was saved with: of the two forms of GELU its own, else the one of our configuration. Raises CheckpointError for
+    a model of another family, of which nothing else needs to be said."""
     facts, path = stated_facts(folder), folder / "config.json"
+    _check_family(facts, path, spec.family)
     stated = facts.get("hidden_act", facts.get("activation_function"))
     found = ACTIVATIONS.get(stated)
     if found is None:
@@ -85,11 +89,17 @@ def stated_activation(folder: Path, spec: ModelSpec) -> Activation:
     return found
 
 
-def check_config(folder: Path, architecture: Architecture, spec: ModelSpec) -> None:
+def _check_family(stated: Mapping[str, object], path: Path, family: Family) -> None:
+    kind = stated.get("model_type")
+    if FAMILIES.get(str(kind)) != family:
+        ours = next(name for name, each in FAMILIES.items() if each == family)
+        raise CheckpointError(f"{path} is of a {kind} model; the configuration describes {family} ({ours}): name the YAML of this model, or its own folder")
+
+
+def check_config(folder: Path, spec: ModelSpec) -> None:
     """Raises CheckpointError where config.json describes another model than our configuration."""
     stated, path = stated_facts(folder), folder / "config.json"
-    if stated.get("model_type") != architecture.model_type:
-        raise CheckpointError(f"{path} is of a {stated.get('model_type')} model; the configuration describes {architecture.name} ({architecture.model_type})")
+    _check_family(stated, path, spec.family)
     kind = stated.get("rope_type", stated.get("type", "default"))
     if kind not in (None, "default"):
         raise CheckpointError(f"{path} says rope_type {kind}; only plain rotary positions (default) are built")

@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron_lite.checkpoint.find import CheckpointLayout, Format
 from megatron_lite.checkpoint.mesh_transformer import layer_count, leaves, read_array, shard_arrays
 from megatron_lite.checkpoint.pickled import open_pickled
+from megatron_lite.checkpoint.unopened import unopened
 from megatron_lite.errors import CheckpointError
 
 NUMBERED = re.compile(r"\.(\d+)\.")
@@ -81,4 +82,4 @@ def _open_safetensors(path: Path) -> Mapping[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is truncated or damaged ({error}); fetch it again") from None
+        raise unopened(path, error) from None

@@ -155,7 +155,8 @@ def appearing(folder: Path) -> Iterator[Path]:
         partial.replace(folder)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise OutputError(f"{partial} cannot be written: {reason}; free some space or choose another folder") from None
+        advice = "choose another folder" if isinstance(error, PermissionError) else "free some space or choose another folder"
+        raise OutputError(f"{partial} cannot be written: {reason}; {advice}") from None
 
 
 def _single(rule: Rule) -> Rule:

@@ -52,10 +52,17 @@ def find_checkpoint(folder: Path, *, iteration: int | None = None) -> Checkpoint
 
     Raises CheckpointError where there is none, or where a file of the cut is missing.
     """
+    try:
+        return _find(folder, iteration)
+    except PermissionError as error:
+        raise CheckpointError(f"{error.filename or folder} cannot be read: {error.strerror}; check the permissions of the checkpoint and its folders") from None
+
+
+def _find(folder: Path, iteration: int | None) -> CheckpointLayout:
     if not folder.is_dir():
         raise CheckpointError(f"there is no checkpoint folder {folder}; set load to the folder that holds `latest`, or download the weights first")
-    refuse_unfinished(folder)
     names = _names(folder)
+    refuse_unfinished(folder)
     if iteration is None and "config.json" in names and not names.isdisjoint(HUGGINGFACE_FILES):
         return CheckpointLayout("huggingface", folder, "", 1, ())
     if iteration is None and any(LAYER_FILE.fullmatch(name) or RANK_FILE.fullmatch(name) for name in names):
@@ -69,7 +76,7 @@ def find_checkpoint(folder: Path, *, iteration: int | None = None) -> Checkpoint
     tag = f"global_step{iteration}" if iteration is not None else _latest(folder)
     if not (folder / tag).is_dir():
         asked = f"iteration {iteration} was asked for" if iteration is not None else f"{folder / 'latest'} names {tag}"
-        raise CheckpointError(f"{asked}, but there is no folder {folder / tag}; {_steps(folder)}")
+        raise CheckpointError(f"{asked}, but there is no folder {folder / tag}; {_steps(folder) or 'there is no global_step folder in it either'}")
     return _neox(folder / tag, tag)
 
 
@@ -84,9 +91,13 @@ def _latest(folder: Path) -> str:
     try:
         tag = (folder / "latest").read_text(encoding="utf-8").strip()
     except FileNotFoundError:
-        raise CheckpointError(
-            f"{folder} has no file `latest`, which names the step to load; {_steps(folder)}, or say iteration=N; nothing was loaded"
-        ) from None
+        if not (steps := _steps(folder)):
+            raise CheckpointError(
+                f"{folder} holds no checkpoint: no file `latest`, no folder global_stepN, no weights; name a folder that does, or download them first"
+            ) from None
+        raise CheckpointError(f"{folder} has no file `latest`, which names the step to load; {steps}, or say iteration=N; nothing was loaded") from None
+    except PermissionError:
+        raise
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{folder / 'latest'} cannot be read ({error}); it should hold one word such as global_step150000") from None
     if not tag or "/" in tag or tag.startswith("."):
@@ -96,7 +107,7 @@ def _latest(folder: Path) -> str:
 
 def _steps(folder: Path) -> str:
     steps = sorted((path.name for path in (*folder.glob("global_step*"), *folder.glob("step_*")) if path.is_dir()), key=lambda name: (len(name), name))
-    return f"the steps there are: {', '.join(steps)}" if steps else "there is no global_step folder in it either"
+    return f"the steps there are: {', '.join(steps)}" if steps else ""
 
 
 def _mesh_transformer_step(folder: Path, names: set[str], iteration: int | None) -> Path | None:

@@ -12,6 +12,7 @@ from megatron_lite.checkpoint.config_json import check_config, read_json
 from megatron_lite.checkpoint.find import CheckpointLayout
 from megatron_lite.checkpoint.pickled import open_pickled
 from megatron_lite.checkpoint.source import Shards
+from megatron_lite.checkpoint.unopened import unopened
 from megatron_lite.errors import CheckpointError
 from megatron_lite.models.architecture import Architecture
 from megatron_lite.models.spec import ModelSpec
@@ -29,7 +30,7 @@ class HuggingFaceFolder:
     def __init__(self, layout: CheckpointLayout, architecture: Architecture, spec: ModelSpec) -> None:
         self.folder = layout.folder
         self.names = architecture.huggingface(spec)
-        check_config(self.folder, architecture, spec)
+        check_config(self.folder, spec)
         self.files = _index(self.folder)
         self._refuse_surplus(spec.tied_head)
 
@@ -80,7 +81,7 @@ class _Safetensors(Mapping[str, Tensor]):
         try:
             self.file = safe_open(path, framework="pt", device="cpu")
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is missing, truncated or damaged ({error}); fetch it again") from None
+            raise unopened(path, error) from None
 
     def __contains__(self, name: object) -> bool:
         return name in self.file.keys()  # noqa: SIM118 - the file itself is no container

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_lite.checkpoint.find import CheckpointLayout
 from megatron_lite.checkpoint.source import Shards
+from megatron_lite.checkpoint.unopened import unopened
 from megatron_lite.errors import CheckpointError
 from megatron_lite.models.spec import ModelSpec
 from megatron_lite.models.weights import ByHead
@@ -123,7 +124,7 @@ def shard_arrays(layout: CheckpointLayout, part: int) -> Iterator[tuple[Path, Zi
             with ZipFile(path) as archive:
                 members = {member.filename: member for member in archive.infolist()}
         except (BadZipFile, OSError) as error:
-            raise CheckpointError(f"{path} is missing, truncated or damaged ({error}); fetch it again") from None
+            raise unopened(path, error) from None
         for number in range(len(members)):
             if f"arr_{number}.npy" not in members:
                 raise CheckpointError(f"{path} holds {', '.join(sorted(members)[:3])}, but no arr_{number}; mesh-transformer-jax numbers its arrays")

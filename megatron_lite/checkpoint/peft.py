@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_lite.checkpoint.config_json import read_json
 from megatron_lite.checkpoint.pickled import open_pickled
+from megatron_lite.checkpoint.unopened import unopened
 from megatron_lite.errors import CheckpointError
 
 CONFIG, WEIGHTS, OLDER = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -70,7 +71,7 @@ def _tensors(folder: Path) -> tuple[Mapping[str, Tensor], Mapping[str, str]]:
             with safe_open(folder / WEIGHTS, framework="pt", device="cpu") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118 - the file itself is no container
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{folder / WEIGHTS} is truncated or damaged ({error}); fetch it again") from None
+            raise unopened(folder / WEIGHTS, error) from None
     if not (folder / OLDER).exists():
         raise CheckpointError(f"{folder} has an {CONFIG} but no {WEIGHTS}; is it complete?")
     content = open_pickled(folder / OLDER)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from megatron_lite.checkpoint.unopened import unopened
 from megatron_lite.errors import CheckpointError
 
 # Training checkpoints keep numpy's random state beside the weights: an array, made by a function that moved to another module in numpy 2.
@@ -26,15 +27,12 @@ def open_pickled(path: Path) -> object:
     """The content of a file written by torch.save, its tensors memory-mapped. Raises CheckpointError for a missing, damaged or untrusted file."""
     try:
         return _load(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; fetch it again") from None
     except IsADirectoryError:
         raise CheckpointError(f"{path} is a folder; a file of weights was expected") from None
     except pickle.UnpicklingError:
         raise CheckpointError(f"{path} is not opened: {_foreign(path)}; only tensors, numbers, text and their containers are loaded") from None
     except Exception as error:  # damaged bytes can end in any exception
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise CheckpointError(f"{path} ({_size(path)} bytes) is truncated or damaged ({reason}); fetch it again") from None
+        raise unopened(path, error) from None
 
 
 def _load(path: Path) -> object:
@@ -55,7 +53,3 @@ def _foreign(path: Path) -> str:
         return damaged
     names = sorted(name for name in set(asked) if not name.startswith("numpy."))
     return f"its pickle asks for {', '.join(names)}, which could run code" if names else damaged
-
-
-def _size(path: Path) -> str:
-    return f"{path.stat().st_size:,}" if path.exists() else "0"
