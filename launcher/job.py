@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from signal import SIG_IGN, Signals, getsignal
 
 
 @dataclass(frozen=True)
@@ -41,5 +42,6 @@ class Job:
 
     @property
     def signals(self) -> tuple[str, ...]:
-        """The names of the signals that end it."""
-        return (*SIGNALS, *SIGNALS_OF_SAVERS) if self.name in GRACE else SIGNALS
+        """The names of the signals that end it: under nohup a terminal that is closed does not."""
+        names = (*SIGNALS, *SIGNALS_OF_SAVERS) if self.name in GRACE else SIGNALS
+        return tuple(name for name in names if name != "SIGHUP" or getsignal(Signals[name]) is not SIG_IGN)

@@ -85,8 +85,10 @@ def test_a_process_cannot_take_more_than_its_budget() -> None:
         with pytest.raises(torch.OutOfMemoryError):
             torch.empty(2**30 + 2**28, dtype=torch.uint8, device=device)
         del kept
+        hold_to(10 * 2**30, device)
+        assert free_memory(device) <= 2 * 2**30, "a larger budget does not undo a smaller one"
     finally:
-        hold_to(10**15, device)
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
 @pytest.mark.gpu

@@ -28,8 +28,8 @@ def far(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_fullest_gpu_decides_how_many_share_one() -> None:
-    assert most_on_one(['["one", "GPU-a"]', '["one", "GPU-b"]', '["other", "GPU-a"]']) == 1
-    assert most_on_one(['["one", "GPU-a"]', '["one", "GPU-b"]', '["one", "GPU-a"]', '["one", "GPU-a"]']) == 3
+    assert most_on_one(["GPU-a", "GPU-b", "GPU-c"]) == 1
+    assert most_on_one(["GPU-a", "GPU-b", "GPU-a", "GPU-a"]) == 3
 
 
 @pytest.mark.usefixtures("far")

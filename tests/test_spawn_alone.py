@@ -62,6 +62,20 @@ def test_a_signal_ends_it_and_what_it_has_started(launch: Launch, number: signal
     assert not any(alive(pid) for pid in launcher.workers.values())
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_under_nohup_it_outlives_its_terminal(launch: Launch, processes: int) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup starts what it starts
+    try:
+        launcher = launch("Path(f'ready{rank}').touch()\nwhile not Path('go').exists(): time.sleep(0.01)", processes)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    wait_until(lambda: len(list(launcher.folder.glob("ready*"))) == processes)
+    for pid in (launcher.pid, *launcher.workers.values()):
+        os.kill(pid, signal.SIGHUP)
+    (launcher.folder / "go").touch()
+    assert launcher.end() == 0
+
+
 def test_it_does_not_outlive_a_launcher_killed_with_sigkill(launch: Launch) -> None:
     launcher = launch("time.sleep(60)", 1)
     launcher.until_started(1)

@@ -107,24 +107,37 @@ def test_what_is_compiled_ahead_is_what_prompts_and_steps_launch(
         assert asked
 
 
-@pytest.mark.parametrize("settings", [{}, {"weight_quantization": "int8"}], ids=["whole", "int8"])
-def test_going_through_a_model_does_not_bring_in_torchs_compiler(settings: dict[str, str], tmp_path: Path) -> None:
+COMPILER = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+import torch
+from megatron_lite.models.architecture import architecture_named
+from megatron_lite.parallel.layout import Layout
+from megatron_lite.parallel.mesh import Axis, Mesh
+from megatron_lite.parallel.stage import Stage
+from tests.test_families import LLAMA
+from tests.warmed import CONTEXT, launches, likeness, run_of
+mesh = Mesh(Layout(tp=2), 0, torch.device("cpu"), Axis("pp"), Axis("dp"), Axis("tp", 0, (0, 1)))
+if len(sys.argv) > 1:
+    run = run_of(Path(sys.argv[1]), mesh, **dict(word.split("=") for word in sys.argv[2:]))
+    stage, spec = likeness(run), run.spec
+else:
+    spec, device = replace(LLAMA, dtype="float16"), torch.device("meta")
+    with device:
+        layers = {number: make().half().requires_grad_(False) for number, make in architecture_named("llama").plan(spec, Axis("tp")).items()}
+    stage = Stage(layers, Mesh(Layout(), 0, device, Axis("pp"), Axis("dp"), Axis("tp")), spec.hidden, torch.float16)
+assert launches(stage, spec, words=512, rows=20, context=CONTEXT)
+print(*{"sympy", "torch._dynamo"} & set(sys.modules))
+"""
+
+
+@pytest.mark.parametrize("settings", [[], ["weight_quantization=int8"], None], ids=["NeoX", "int8", "LLaMA"])
+def test_going_through_a_model_does_not_bring_in_torchs_compiler(settings: list[str] | None, tmp_path: Path) -> None:
     """Its import takes longer than reading the weights, which it would keep from Python meanwhile."""
     write_run(tmp_path, SPEC, tp=2)
-    code = (
-        "import sys, torch\n"
-        "from pathlib import Path\n"
-        "from tests.warmed import launches, likeness, run_of\n"
-        "from megatron_lite.parallel.mesh import Axis, Mesh\n"
-        "from megatron_lite.parallel.layout import Layout\n"
-        "mesh = Mesh(Layout(tp=2), 0, torch.device('cpu'), Axis('pp'), Axis('dp'), Axis('tp', 0, (0, 1)))\n"
-        "run = run_of(Path(sys.argv[1]), mesh, **dict(word.split('=') for word in sys.argv[2:]))\n"
-        "assert launches(likeness(run), run.spec, words=512, rows=20, context=192)\n"
-        "print(*{'sympy', 'torch._dynamo'} & set(sys.modules))\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, str(tmp_path), *map("=".join, settings.items())], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
+    words = [] if settings is None else [str(tmp_path), *settings]
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", COMPILER, *words], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "\n"
 

@@ -27,7 +27,7 @@ def has_flash(dtype: torch.dtype, head_dim: int, device: torch.device) -> bool:
     """Whether torch's attention over segments of any length serves this model here."""
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or head_dim % 8 or head_dim > 256:
         return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cuda.get_device_capability(device) >= (8, 0) and torch.backends.cuda.is_flash_attention_available()
 
 
 def to_device(values: Sequence[float] | np.ndarray, device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:

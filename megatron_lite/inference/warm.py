@@ -74,6 +74,17 @@ def _joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
     return parts[0].new_empty(shape)
 
 
+def _combined(x: Tensor, other: Tensor | float) -> Tensor:
+    larger = other if isinstance(other, Tensor) and other.numel() > x.numel() else x  # torch.broadcast_shapes would bring in what is avoided here
+    return x.new_empty(larger.shape, dtype=torch.result_type(x, other))
+
+
+def _reduced(x: Tensor, dim: int, *, keepdim: bool = False) -> Tensor:
+    shape = list(x.shape)
+    shape[dim : dim + 1 or None] = [1] * keepdim
+    return x.new_empty(shape)
+
+
 def _picked(x: Tensor, index: Any) -> Tensor:
     return x.new_empty(*index.shape, *x.shape[1:]) if isinstance(index, Tensor) else x[index]
 
@@ -81,6 +92,7 @@ def _picked(x: Tensor, index: Any) -> Tensor:
 ALIKE = (
     *(F.gelu, torch.addmm, torch.empty_like, torch.maximum, Tensor.sub, Tensor.neg, Tensor.__neg__, Tensor.div, Tensor.__truediv__),
     *(Tensor.lt, Tensor.ge, Tensor.gt, Tensor.__or__, Tensor.where, Tensor.masked_fill, Tensor.round_, Tensor.copy_),
+    *(Tensor.square, torch.rsqrt, F.silu),
 )
 """What makes a tensor of the same shape; what it is made of does not matter here."""
 
@@ -90,14 +102,15 @@ class Shapes(TorchFunctionMode):
 
     ANSWERS: dict[Callable[..., Any], Callable[..., Any]] = {
         **dict.fromkeys(ALIKE, lambda x, *others, **options: x),
-        **dict.fromkeys((torch.mul, torch.div), lambda one, other, out: out),
+        **dict.fromkeys((torch.mul, torch.div), lambda one, other, out=None: one if out is None else out),
         F.linear: _linear,
         F.embedding: lambda tokens, weight, **options: weight.new_empty(*tokens.shape, weight.shape[1]),
         Tensor.aminmax: lambda x, dim: (x.new_empty(len(x)), x.new_empty(len(x))),
         Tensor.__getitem__: _picked,
-        Tensor.sum: lambda x, dim: x.new_empty(*x.shape[:dim], *x.shape[dim + 1 :]),
+        **dict.fromkeys((Tensor.add, Tensor.__add__, Tensor.mul, Tensor.__mul__), _combined),
+        **dict.fromkeys((Tensor.sum, Tensor.mean), _reduced),
         torch.cat: _joined,
-        torch.stack: lambda parts: parts[0].new_empty(len(parts), *parts[0].shape),
+        torch.stack: lambda parts, dim=0: _joined([part.unsqueeze(dim) for part in parts], dim),
     }
 
     def __torch_function__(self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:

@@ -9,17 +9,23 @@ CUDA_ITSELF = 2**30
 
 
 def hold_to(limit: int | None, device: torch.device) -> None:
-    """Lets this process have so many bytes of the device, all in all; more ends with torch.OutOfMemoryError. None is no limit, and CPUs know none."""
+    """Lets this process have so many bytes of the device, all in all; more ends with torch.OutOfMemoryError. None is no limit, and CPUs know none. What it
+    was held to before still holds where it is less."""
     if limit is not None and device.type == "cuda":
         whole = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, limit - CUDA_ITSELF) / whole), device)
+        torch.cuda.set_per_process_memory_fraction(min(_share_of(device), max(0, limit - CUDA_ITSELF) / whole), device)
+
+
+def _share_of(device: torch.device) -> float:
+    """The share of the device's memory that this process was held to so far."""
+    stated = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # older versions of torch cannot tell, and then nothing was limited here
+    return stated(device) if stated else 1.0
 
 
 def free_memory(device: torch.device) -> int:
     """Bytes of a GPU that this process can still get: what nobody has, within its budget."""
     free, whole = torch.cuda.mem_get_info(device)
-    stated = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # older versions of torch cannot tell, and then nothing was limited here
-    budget = int((stated(device) if stated else 1.0) * whole)
+    budget = int(_share_of(device) * whole)
     return max(0, min(free, budget - torch.cuda.memory_reserved(device)))
 
 

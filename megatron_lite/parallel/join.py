@@ -1,8 +1,6 @@
 """Joins the processes that were started together: over NCCL where each has a GPU of its own, over gloo on CPUs and where several share a GPU."""
 
-import json
 import os
-import socket
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,7 +41,7 @@ def _join_gpus(rank: int, world: int, device: torch.device, timeout: timedelta) 
     store, *_ = next(rendezvous("env://", rank, world, timeout=timeout))
     store.set_timeout(timeout)
     places = dist.PrefixStore("gpus", store)  # pyright: ignore[reportPrivateImportUsage]
-    places.set(str(rank), json.dumps([socket.gethostname(), str(torch.cuda.get_device_properties(device).uuid)]))
+    places.set(str(rank), str(torch.cuda.get_device_properties(device).uuid))
     sharers = most_on_one([places.get(str(other)).decode() for other in range(world)])
     if sharers == 1:
         heed_reach()
@@ -61,6 +59,6 @@ def demand_own_gpus(device: torch.device, what: str) -> None:
         raise LayoutError(f"{what} needs a GPU for every process; here several share one: start fewer of them")
 
 
-def most_on_one(places: list[str]) -> int:
-    """Of processes that say where they are, how many are at most in one place."""
-    return max(Counter(places).values())
+def most_on_one(gpus: list[str]) -> int:
+    """How many processes are at most on one GPU, given that of each by an id that no other has, on whatever host."""
+    return max(Counter(gpus).values())
