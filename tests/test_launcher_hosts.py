@@ -166,9 +166,10 @@ def ask_to_stop(job: "subprocess.Popen[str]", *numbers: signal.Signals) -> None:
 
 @pytest.mark.parametrize(
     "numbers",
-    [pytest.param((signal.SIGTERM,), marks=pytest.mark.slow), (signal.SIGUSR1, signal.SIGTERM)],
+    [(signal.SIGTERM,), (signal.SIGUSR1, signal.SIGTERM)],
     ids=["SIGTERM", "SIGUSR1 and then SIGTERM"],
 )
+@pytest.mark.slow
 def test_a_training_on_several_hosts_has_time_to_save_and_ends_with_75(folder: Path, numbers: tuple[signal.Signals, ...]) -> None:
     job = start(SAVER + "time.sleep(9 * (rank == 2))\nPath(f'saved{rank}').touch()\nos._exit(75)", name="train")
     ask_to_stop(job, *numbers)

@@ -82,7 +82,7 @@ def go_on(folder: Path, layout: Layout, recipe: Recipe, spec: ModelSpec = SMALL)
     [
         (Layout(), 1, torch.float32),
         (Layout(dp=2), 3, torch.bfloat16),
-        (Layout(pp=2), 1, torch.bfloat16),
+        pytest.param(Layout(pp=2), 1, torch.bfloat16, marks=slow),
         pytest.param(Layout(dp=2), 2, torch.float32, marks=slow),
         pytest.param(Layout(dp=2), 1, torch.bfloat16, marks=slow),
         pytest.param(Layout(tp=2), 1, torch.float32, marks=slow),

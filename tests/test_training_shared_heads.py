@@ -30,7 +30,7 @@ PATH = "attention.query_key_value.weight"
     [
         (1, Layout(tp=2), 1, 0),
         pytest.param(2, Layout(tp=4), 1, 1, marks=slow),
-        (1, Layout(dp=2, tp=2), 3, 0),
+        pytest.param(1, Layout(dp=2, tp=2), 3, 0, marks=slow),
         (1, Layout(pp=2, tp=2), 1, 0),
         pytest.param(2, Layout(tp=2), 1, 0, marks=slow),
         pytest.param(1, Layout(tp=4), 1, 0, marks=slow),

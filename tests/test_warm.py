@@ -11,16 +11,17 @@ pytest.importorskip("triton", reason="triton is not installed: there are no kern
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def passed(choice: str) -> str:
+def pass_all(choice: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", choice, "tests/warmed.py"]
-    return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False).stdout
+    ended = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    assert ended.returncode == 0, ended.stdout  # which it is not either where no test is found
 
 
 def test_what_is_compiled_ahead_is_what_prompts_and_steps_launch() -> None:
-    assert "6 passed" in (said := passed("not slow")), said
+    pass_all("not slow")
 
 
 @pytest.mark.slow
 def test_behind_the_warm_up_nothing_is_left_to_compile() -> None:
-    assert "1 passed" in (said := passed("slow")), said
+    pass_all("slow")
