@@ -17,7 +17,7 @@ from torch.distributed.elastic.multiprocessing.subprocess_handler import Subproc
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-from launcher.ends import failures, is_stopped
+from launcher.ends import failures, is_stopped, stopped
 from launcher.failure import error_file, log_file
 from launcher.job import LITTLE_GRACE, Job
 from launcher.worker import LOG
@@ -92,13 +92,8 @@ class Agent(LocalElasticAgent):
             time.sleep(WATCH)
 
     def outcome(self, received: Signals) -> Mapping[int, int] | Signals:
-        """What became of processes that were asked to stop: what failed, else 75 where they have saved, nothing where they were done, else the signal."""
-        codes = self._codes()
-        if self.ends:
-            return self.ends
-        if INTERRUPTED in codes.values():
-            return dict.fromkeys(codes, INTERRUPTED)
-        return {} if set(codes.values()) == {0} else received
+        """What became of processes that were asked to stop: those that failed before they were killed, if any."""
+        return self.ends or stopped(self._codes(), received)
 
     def _codes(self) -> dict[int, int | None]:
         """The exit code of every rank here, None while it runs."""

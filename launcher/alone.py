@@ -7,11 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from signal import SIGKILL, SIGTERM, Signals, signal
 
-from launcher.ends import failures
+from launcher.ends import failures, stopped
 from launcher.failure import error_file, log_file
 from launcher.job import Job
 from launcher.worker import LOG
-from megatron_lite.errors import INTERRUPTED
 
 WATCH = 0.05  # seconds between looks at the process and at signals
 
@@ -21,14 +20,16 @@ def run_alone(job: Job, entrypoint: str, words: Sequence[str]) -> Mapping[int, i
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     told = {LOG: str(log_file(job.logs, 0)), "TORCHELASTIC_ERROR_FILE": str(error_file(job.logs, 0))}
     with _signals(job.signals) as received:
-        # a group of its own: the terminal tells the launcher alone, and whatever the process leaves behind can be ended with it
+        # a group of its own: the terminal tells the launcher alone, and what the process has started is ended with it
         process = subprocess.Popen([entrypoint, *words], env={**os.environ, **place, **told}, start_new_session=True)
         try:
             code = _ended(process, received, job.grace)
         finally:
             _tell(process, SIGKILL)
             process.wait()
-        return received[0] if code is None else _outcome(code, received)
+        if code is None or not received:
+            return received[0] if received else {0: code} if code else {}
+        return failures({0: code}) or stopped({0: code}, received[0])
 
 
 def _ended(process: subprocess.Popen[bytes], received: Sequence[Signals], grace: float) -> int | None:
@@ -42,13 +43,6 @@ def _ended(process: subprocess.Popen[bytes], received: Sequence[Signals], grace:
             told, until = told + 1, time.monotonic() + grace
         time.sleep(WATCH)
     return code
-
-
-def _outcome(code: int, received: Sequence[Signals]) -> Mapping[int, int] | Signals:
-    """What became of it: what failed, else 75 where it has saved, nothing where it was done, else the signal."""
-    if received and code not in {0, INTERRUPTED}:
-        return failures({0: code}) or received[0]
-    return {0: code} if code else {}
 
 
 def _tell(process: subprocess.Popen[bytes], number: Signals) -> None:

@@ -18,6 +18,13 @@ def failures(codes: Mapping[Key, int | None]) -> dict[Key, int]:
     return {key: code for key, code in codes.items() if code not in {None, 0, INTERRUPTED, *STOPS} and code is not None}
 
 
+def stopped(codes: Mapping[Key, int | None], received: Signals) -> Mapping[Key, int] | Signals:
+    """What became of those that were asked to stop and have not failed: 75 where they have saved, nothing where all were done, else the signal."""
+    if INTERRUPTED in codes.values():
+        return dict.fromkeys(codes, INTERRUPTED)
+    return {} if set(codes.values()) == {0} else received
+
+
 def is_stopped(codes: Mapping[Key, int | None]) -> bool:
     """Whether a signal ended one of them and nobody has saved. All save together or none does, so that no other will."""
     return INTERRUPTED not in codes.values() and any(code in STOPS for code in codes.values())
