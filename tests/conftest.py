@@ -4,8 +4,12 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.launching import Launch
 
 # last, because a top-level evaluate.py must not shadow the `evaluate` package that lm-eval imports
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -50,6 +54,15 @@ def no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     hub.is_reachable.cache_clear()
     yield
     hub.is_reachable.cache_clear()
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> "Iterator[Launch]":
+    """Starts launchers of scripts in this folder."""
+    from tests.launching import launchers
+
+    with launchers(tmp_path) as start:
+        yield start
 
 
 @pytest.fixture(scope="session")

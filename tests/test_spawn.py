@@ -3,19 +3,12 @@
 import os
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from launcher import agent
-from tests.launching import ROOT, Launch, alive, launchers, wait_until
-
-
-@pytest.fixture
-def launch(tmp_path: Path) -> Iterator[Launch]:
-    with launchers(tmp_path) as start:
-        yield start
+from tests.launching import ROOT, Launch, alive, wait_until
 
 
 def test_a_user_error_in_every_worker_is_one_sentence_and_exit_code_2(launch: Launch) -> None:

@@ -4,18 +4,10 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from tests.launching import ROOT, Launch, alive, launchers, wait_until
-
-
-@pytest.fixture
-def launch(tmp_path: Path) -> Iterator[Launch]:
-    with launchers(tmp_path) as start:
-        yield start
+from tests.launching import ROOT, Launch, alive, wait_until
 
 
 def test_it_knows_its_place_and_has_the_terminal(launch: Launch) -> None:

@@ -1,18 +1,11 @@
 """Who speaks and listens where: rank 0 has the terminal, the others their logs; and what a process finds in its environment."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.launching import Launch, launchers
-
-
-@pytest.fixture
-def launch(tmp_path: Path) -> Iterator[Launch]:
-    with launchers(tmp_path) as start:
-        yield start
+from tests.launching import Launch
 
 
 def test_rank_0_speaks_on_the_terminal_and_the_others_into_their_logs(launch: Launch) -> None:
