@@ -13,6 +13,7 @@ from torch.distributed.rendezvous import rendezvous
 from megatron_lite.errors import LayoutError
 from megatron_lite.log import logger
 from megatron_lite.parallel.budget import hold_to
+from megatron_lite.parallel.mesh import goes_through_host
 from megatron_lite.parallel.reach import heed_reach
 
 PATIENCE = timedelta(minutes=30)
@@ -55,7 +56,7 @@ def _join_gpus(rank: int, world: int, device: torch.device, timeout: timedelta) 
 
 def demand_own_gpus(device: torch.device, what: str) -> None:
     """Raises LayoutError where processes that have joined share a GPU."""
-    if device.type == "cuda" and dist.is_initialized() and dist.get_backend() == "gloo":
+    if goes_through_host(device):
         raise LayoutError(f"{what} needs a GPU for every process; here several share one: start fewer of them")
 
 

@@ -199,6 +199,11 @@ class Mesh:
             dist.barrier()
 
 
+def goes_through_host(device: torch.device) -> bool:
+    """Whether the library that joined the processes knows nothing of this device's memory: so it is where they share a GPU."""
+    return device.type == "cuda" and dist.is_initialized() and dist.get_backend() == "gloo"
+
+
 def single_mesh(device: torch.device | None = None) -> Mesh:
     """The mesh of one process alone."""
     return Mesh(Layout(), 0, device or torch.device("cpu"), Axis("pp"), Axis("dp"), Axis("tp"))
@@ -210,7 +215,7 @@ def build_mesh(layout: Layout, *, rank: int, device: torch.device) -> Mesh:
         return single_mesh(device)
     if dist.get_world_size() != layout.size:
         raise LayoutError(f"{layout} needs {layout.size} processes; {dist.get_world_size()} were started")
-    through_host = device.type == "cuda" and dist.get_backend() == "gloo"
+    through_host = goes_through_host(device)
     here = dict(zip(("pp", "dp", "tp"), layout.coordinates(rank), strict=True))
     axes: dict[str, Axis] = {}
     for name in here:
