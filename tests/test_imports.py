@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "megatron_lite.errors": (),
     "megatron_lite.log": (),
     "megatron_lite.progress": (),
+    "megatron_lite.whole": (),
     "megatron_lite.config": (),
     "megatron_lite.parallel": (),
     "megatron_lite.metrics": ("config",),
@@ -44,7 +45,7 @@ MAY_IMPORT = {
 MAY_IMPORT = {part: tuple(f"megatron_lite.{name}" for name in names) for part, names in MAY_IMPORT.items()}
 MAY_IMPORT |= {"tools": ("megatron_lite",)} | dict.fromkeys(ENTRY_POINTS, ("launcher", "megatron_lite"))
 
-EVERYBODY_MAY_IMPORT = ("megatron_lite.errors", "megatron_lite.log", "megatron_lite.progress")
+EVERYBODY_MAY_IMPORT = ("megatron_lite.errors", "megatron_lite.log", "megatron_lite.progress", "megatron_lite.whole")
 
 # The only places that may import a heavy library, at the top of a file or in a function
 HOMES = {

@@ -1,7 +1,6 @@
 """Writes checkpoints in NeoX's layout: files appear whole or not at all, and `latest` names a step only when all of it is there."""
 
 import errno
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from megatron_lite.checkpoint.find import CheckpointLayout
 from megatron_lite.errors import OutputError
+from megatron_lite.whole import whole_file
 
 
 def step_folder(folder: Path, step: int, *, tp: int) -> CheckpointLayout:
@@ -41,12 +41,8 @@ def save(content: object, path: Path) -> None:
 
 def name_latest(folder: Path, tag: str) -> None:
     """Makes the step the one that is loaded by default."""
-    partial = folder / "latest.partial"
     try:
-        with partial.open("w", encoding="utf-8") as file:
+        with whole_file(folder / "latest") as file:
             file.write(tag)
-            file.flush()
-            os.fsync(file.fileno())  # else a name may be on the disk before its content is
-        partial.replace(folder / "latest")
     except OSError as error:
         raise OutputError(f"{folder / 'latest'} cannot be written: {error.strerror}") from None

@@ -1,7 +1,6 @@
 """Results of an evaluation: kept on disk as tasks finish, under lm-eval's names and under the older ones of gpt-neox, and shown as a table."""
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 from megatron_lite.errors import OutputError
 from megatron_lite.evaluation.published import KnownModel, difference, published
+from megatron_lite.whole import whole_file
 
 OLDER = {"perplexity": "ppl"}
 ABOUT = ("name", "alias", "sample_len")  # entries of a task's results that are no metrics
@@ -77,15 +77,10 @@ class Report:
 
 def write_whole(path: Path, text: str) -> None:
     """Writes a file that is there whole, or as it was before."""
-    draft = path.with_name(f"{path.name}.part")
     try:
-        with draft.open("w", encoding="utf-8") as file:
+        with whole_file(path) as file:
             file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
     except OSError as error:
-        draft.unlink(missing_ok=True)
         raise OutputError(f"the results {path} cannot be written: {error.strerror}; set eval_results_prefix to a place that can be written") from None
 
 

@@ -11,6 +11,7 @@ from typing import Protocol
 from megatron_lite.config.sections import LoggingSection
 from megatron_lite.errors import OutputError
 from megatron_lite.log import logger
+from megatron_lite.whole import whole_file
 
 FILE = "metrics.jsonl"
 CHUNK = 1 << 16
@@ -74,21 +75,16 @@ def trim(path: Path) -> None:
 
 def forget(path: Path, *, after: int) -> None:
     """Drops the lines of steps behind `after`, which are taken again. The file is the old one or the new one, whenever the machine goes down."""
-    draft = path.with_name(path.name + ".draft")
     dropped = 0
     try:
         if not path.exists() or all(_step_of(line) <= after for line in _lines(path)):
             return
-        with draft.open("w", encoding="utf-8", errors="surrogateescape") as file:
+        with whole_file(path, errors="surrogateescape") as file:
             for line in _lines(path):
                 behind = _step_of(line) > after
                 dropped += behind
                 file.write("" if behind else line)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
     except OSError as error:
-        draft.unlink(missing_ok=True)
         raise OutputError(f"{path} cannot be written anew without its steps behind {after}: {error.strerror}; free some space, or move it away") from None
     logger.info(f"{path}: {dropped:,} {'line' if dropped == 1 else 'lines'} of steps behind {after} dropped, because they are taken again")
 
