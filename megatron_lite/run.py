@@ -24,7 +24,7 @@ from megatron_lite.parallel.budget import hold_to
 from megatron_lite.parallel.join import joined_world
 from megatron_lite.parallel.layout import Layout, check_cut
 from megatron_lite.parallel.mesh import Mesh, build_mesh
-from megatron_lite.parallel.quantized import quantize
+from megatron_lite.parallel.quantized import quantize, share_place
 from megatron_lite.parallel.stage import Stage
 from megatron_lite.progress import progress
 
@@ -110,6 +110,7 @@ def load_stage(run: Run) -> Stage:
         if mesh.device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.empty_cache()  # what reading and rounding took for a moment
+        share_place(layers.values())
     mesh.wait()
     seconds = time.monotonic() - started
     held = sum(parameter.nbytes for layer in layers.values() for parameter in layer.parameters()) / 1e9

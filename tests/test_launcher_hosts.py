@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from launcher.node import configs_here
+from tests.launching import alive
 
 ROOT = Path(__file__).resolve().parents[1]
 DRIVER = f"""
@@ -102,11 +103,6 @@ def end(job: "subprocess.Popen[str]") -> tuple[int, str, str]:
     return job.returncode, out, err
 
 
-def gone(pid: int) -> bool:
-    stat = Path(f"/proc/{pid}/stat")
-    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
-
-
 def test_a_configuration_that_a_host_lacks_is_written_there_and_one_that_it_has_is_used(folder: Path) -> None:
     (folder / "copies").mkdir()
     text = (folder / "small.yml").read_text()
@@ -129,7 +125,7 @@ def test_a_failure_on_another_host_ends_all_and_is_told_with_the_hosts_name(fold
     assert code == 1
     assert err.startswith("worker-2: ")
     assert f"rank 2 on {socket.gethostname()} failed with ValueError: shapes differ (log: logs/job/rank2.log)\n" in err
-    assert all(gone(pid) for pid in workers())
+    assert not any(alive(pid) for pid in workers())
 
 
 def test_a_user_error_on_all_hosts_is_one_sentence(folder: Path) -> None:
@@ -143,7 +139,7 @@ def test_sigterm_ends_the_processes_of_every_host(folder: Path) -> None:
     job.terminate()
     code, _, err = end(job)
     assert (code, err.splitlines()[-1]) == (143, "stopped by SIGTERM; logs: logs/job")
-    assert all(gone(pid) for pid in workers())
+    assert not any(alive(pid) for pid in workers())
 
 
 SAVER = """asked = []
@@ -181,7 +177,7 @@ def test_a_host_that_cannot_save_is_told_although_the_others_wait_for_it(folder:
     job = start(SAVER + "if rank == 2: raise DataError('out/: No space left on device')\ntime.sleep(60)", name="train")
     ask_to_stop(job, signal.SIGTERM)
     assert end(job) == (2, "", "worker-2: out/: No space left on device\n")
-    assert all(gone(pid) for pid in workers())
+    assert not any(alive(pid) for pid in workers())
 
 
 def test_keys_reach_every_host_and_stand_on_no_command_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +201,7 @@ def test_no_process_on_any_host_outlives_a_launcher_killed_with_sigkill(folder: 
     job.kill()
     job.wait()
     until = time.monotonic() + 10
-    while not all(gone(pid) for pid in workers()):
+    while any(alive(pid) for pid in workers()):
         assert time.monotonic() < until
         time.sleep(0.05)
 

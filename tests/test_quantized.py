@@ -26,7 +26,7 @@ from megatron_lite.models.memory import generation_footprint, layer_bytes
 from megatron_lite.models.spec import ModelSpec
 from megatron_lite.parallel.layout import Layout
 from megatron_lite.parallel.mesh import Axis, Mesh, single_mesh
-from megatron_lite.parallel.quantized import Quantized, dequantized, quantize, rounded, row_scale
+from megatron_lite.parallel.quantized import Quantized, dequantized, quantize, rounded, row_scale, share_place
 from megatron_lite.parallel.stage import Stage
 from megatron_lite.run import load_stage, prepare
 from tests.live_bytes import LiveBytes, alive
@@ -129,6 +129,19 @@ def test_loading_takes_the_memory_of_8_bits_and_one_block_whole(tmp_path: Path) 
     block = layer_bytes(spec, 2, 1)
     assert held(stage) == pytest.approx(0.256 * 6 * block + 2 * 160 * 256 * 4, rel=0.01)
     assert held(stage) + 0.5 * block < peak < held(stage) + 2 * block  # a block in fp32, and its file, which is mapped
+
+
+def test_a_place_that_layers_share_is_as_large_as_the_largest_matrix_and_changes_no_number(tmp_path: Path) -> None:
+    stage = loaded(written(tmp_path, SMALL), SMALL, single_mesh())
+    before = logits(stage, TOKENS, SMALL.vocab)
+    share_place(stage.layers.values())
+    quantized = list(eight_bit(stage.layers).values())
+    (place,) = {id(module.place): module.place for module in quantized}.values()
+    assert place is not None
+    assert len(place) == max(module.weight.numel() for module in quantized)
+    place.fill_(torch.nan)
+    assert torch.equal(logits(stage, TOKENS, SMALL.vocab), before)
+    assert not place.isnan().all(), "it was used"
 
 
 def some_stories(count: int) -> list[str]:

@@ -24,7 +24,7 @@ from megatron_lite.parallel.budget import hold_to
 from megatron_lite.parallel.join import demand_own_gpus, joined_world
 from megatron_lite.parallel.layout import Layout, check_cut
 from megatron_lite.parallel.mesh import Mesh, build_mesh
-from megatron_lite.parallel.quantized import quantize
+from megatron_lite.parallel.quantized import quantize, share_place
 from megatron_lite.parallel.stage import Stage
 from megatron_lite.run import Run, layout_of, load_stage, prepare
 
@@ -141,6 +141,7 @@ def random_stage(architecture: Architecture, spec: ModelSpec, mesh: Mesh) -> Sta
             quantize(layer, mesh.tp)
         layers[number] = layer.eval()
     release(mesh.device)  # what drawing and rounding took for a moment
+    share_place(layers.values())
     return Stage(layers, mesh, spec.hidden, dtype)
 
 

@@ -13,7 +13,7 @@ from megatron_lite.inference.request import Codec, Completion, Request
 from megatron_lite.inference.rows import Watch
 from megatron_lite.models.memory import generation_footprint
 from megatron_lite.models.spec import ModelSpec
-from megatron_lite.parallel.budget import free_memory, least
+from megatron_lite.parallel.budget import CAPTURED, free_memory, least
 from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.parallel.stage import Stage
 from megatron_lite.run import Run
@@ -89,7 +89,8 @@ def continuous_decoder(stage: Stage, spec: ModelSpec, tokenizer: Codec, load: Lo
     groups, rows = load.groups(stages), load.at_once(stages)
     pages = min(1 + rows * pages_for(longest), _pages_that_fit(stage, spec, longest))
     stepper = CapturedStepper(stage, spec, words=tokenizer.vocab_size, pages=pages)
-    tokens = max(longest, min(MOST_TOKENS, least(stage.mesh, free_memory(stage.mesh.device) // 2 * longest // _reading(stage, spec, longest))))
+    room = max(0, free_memory(stage.mesh.device) - CAPTURED) // 2
+    tokens = max(longest, min(MOST_TOKENS, least(stage.mesh, room * longest // _reading(stage, spec, longest))))
     return ContinuousDecoder(stepper, tokenizer, context=load.context, rows=rows, tokens=tokens, groups=groups)
 
 
@@ -97,7 +98,7 @@ def _pages_that_fit(stage: Stage, spec: ModelSpec, longest: int) -> int:
     """Those for which there is memory beside what reading the longest text takes."""
     mesh = stage.mesh
     free = free_memory(mesh.device)
-    beside = max(int(free * LEFT_FREE), _reading(stage, spec, longest))
+    beside = max(int(free * LEFT_FREE), _reading(stage, spec, longest) + CAPTURED)
     pages = least(mesh, max(0, free - beside) // page_bytes(spec, blocks=sum(map(spec.is_block, stage.layers)), tp=mesh.tp.size))
     if pages < pages_for(1) + 1:
         raise FitError(f"beside the weights {free / 1e9:.1f} GB of {mesh.device} are free, too little for a cache; spread the model over more GPUs")
@@ -105,6 +106,5 @@ def _pages_that_fit(stage: Stage, spec: ModelSpec, longest: int) -> int:
 
 
 def _reading(stage: Stage, spec: ModelSpec, tokens: int) -> int:
-    """Bytes that reading so many tokens takes for a moment, as the plan of a run reckons them."""
-    footprint = generation_footprint(spec, stage.mesh.layout, stage.mesh.pp.index, rows=1, context=tokens)
-    return footprint.activations + footprint.buffers
+    """Bytes that reading so many tokens takes for a moment, as the plan of a run reckons them. The place where matrices of 8 bits are widened is taken."""
+    return generation_footprint(spec, stage.mesh.layout, stage.mesh.pp.index, rows=1, context=tokens).activations

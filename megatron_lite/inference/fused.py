@@ -22,7 +22,7 @@ from megatron_lite.parallel.adapter import Adapted
 from megatron_lite.parallel.layers import LayerNorm, columns
 from megatron_lite.parallel.mesh import Axis
 from megatron_lite.parallel.peers import Peers
-from megatron_lite.parallel.quantized import dequantized, scales_of
+from megatron_lite.parallel.quantized import dequantized, place_of, scales_of
 
 # b rows, d hidden size, h heads on this rank, c copies of norms
 
@@ -50,7 +50,8 @@ class Norms:
 
 @dataclass(frozen=True)
 class FusedBlock:
-    """What one block computes with. `bias` is what this rank adds to the reduction, in fp32 and as small as the weights."""
+    """What one block computes with. `bias` is what this rank adds to the reduction, in fp32 and as small as the weights; `place` is where matrices of 8 bits
+    are widened."""
 
     norms: Norms
     first: tuple[Tensor, Tensor]
@@ -63,6 +64,7 @@ class FusedBlock:
     activation: str
     first_scales: tuple[Tensor, Tensor] | None = None
     second_scales: tuple[Tensor, Tensor] | None = None
+    place: Tensor | None = None
 
     @classmethod
     def of(cls, block: nn.Module) -> "FusedBlock | None":
@@ -93,23 +95,27 @@ class FusedBlock:
             "gelu_tanh" if mlp.approximate == "tanh" else "gelu",
             scales_of(attention.query_key_value, mlp.dense_h_to_4h),
             scales_of(attention.dense, mlp.dense_4h_to_h),
+            place_of(attention.dense),
         )
 
     def projected(self, normed: Tensor) -> tuple[Tensor, Tensor]:
         """Queries, keys and values [s (h 3 d)] and the MLP's inner states [s n] of any number of tokens [c s d], by the library."""
-        heads = columns(copies(normed, 0, self.norms.copies[0]), whole(self.first, self.first_scales, 0, normed), self.first_bias[0])[0]
+        heads = columns(copies(normed, 0, self.norms.copies[0]), self._whole_first(0, normed.dtype), self.first_bias[0])[0]
         states = copies(normed, self.norms.second, self.norms.copies[1])
-        return heads, activated(states, whole(self.first, self.first_scales, 1, normed), self.first_bias[1], self.activation)
+        return heads, activated(states, self._whole_first(1, normed.dtype), self.first_bias[1], self.activation)
 
     def combined(self, mixed: Tensor, inner: Tensor, bias: Tensor | None) -> Tensor:
         """This rank's term of what the block adds to the stream, by the library."""
-        expanded = F.linear(inner, whole(self.second, self.second_scales, 1, inner), bias)
-        return torch.addmm(expanded, mixed, whole(self.second, self.second_scales, 0, inner).t())
+        expanded = F.linear(inner, self._whole_second(1, inner.dtype), bias)
+        return torch.addmm(expanded, mixed, self._whole_second(0, inner.dtype).t())
 
+    def _whole_first(self, index: int, dtype: torch.dtype) -> Tensor:
+        """A matrix of the first product in the format of the states: until the next one is asked for, where it is held in 8 bits."""
+        return self.first[index] if self.first_scales is None else dequantized(self.first[index], self.first_scales[index], dtype, self.place)
 
-def whole(weights: tuple[Tensor, Tensor], scales: tuple[Tensor, Tensor] | None, index: int, like: Tensor) -> Tensor:
-    """One of two matrices in the format of the states: for a moment where it is held in 8 bits."""
-    return weights[index] if scales is None else dequantized(weights[index], scales[index], like.dtype)
+    def _whole_second(self, index: int, dtype: torch.dtype) -> Tensor:
+        """The same of the second product."""
+        return self.second[index] if self.second_scales is None else dequantized(self.second[index], self.second_scales[index], dtype, self.place)
 
 
 def turn_of(rotary: Rotary, device: torch.device) -> Turn | None:
@@ -193,10 +199,12 @@ class FusedStack:
     def _read_block(self, block: FusedBlock, past: FilledPast, normed: Tensor) -> Tensor:
         """What a block adds to the stream [s d], summed over the ranks."""
         flat, inner = block.projected(normed)
+        del normed  # what is not needed any more is let go: a long prompt takes as much again
         heads = flat.view(len(flat), -1, 3, block.head_dim)
         place_prompts(heads, (past.keys, past.values), (past.pages, past.places), past.positions[0], block.turn)
         query, key, value = heads.transpose(0, 1).unsqueeze(0).unbind(3)
         mixed = past.inner.mix(query, key, value)[0].transpose(0, 1).flatten(1)
+        del flat, heads, query, key, value
         return self.tp.sum_in_place(block.combined(mixed, inner, block.small_bias))
 
     def _summed(self, stream: Tensor, terms: Tensor, bias: Tensor | None, norms: Norms | None, *, like: Tensor) -> Tensor:

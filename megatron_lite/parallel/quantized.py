@@ -4,6 +4,8 @@ A second implementation of the linear layers in layers.py, put in their place wh
 gradients pass through them, so that adapters beside them can.
 """
 
+from collections.abc import Iterable
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -33,31 +35,33 @@ class _Product(torch.autograd.Function):
     """W x, which keeps the 8-bit numbers for the backward pass and makes the matrix of them a second time there: none is alive in between."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, place: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight, scale)
-        ctx.copies = len(x) if x.dim() == 4 else None
-        return columns(x, dequantized(weight, scale, x.dtype), bias)
+        ctx.copies, ctx.place = len(x) if x.dim() == 4 else None, place
+        return columns(x, dequantized(weight, scale, x.dtype, place), bias)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient,), (weight, scale) = gradients, ctx.saved_tensors
-        whole = dequantized(weight, scale, gradient.dtype)
+        whole = dequantized(weight, scale, gradient.dtype, ctx.place)
         if ctx.copies is None:
-            return gradient @ whole, None, None, None
+            return gradient @ whole, None, None, None, None
         parts = zip(gradient.chunk(ctx.copies, -1), whole.chunk(ctx.copies), strict=True)
-        return torch.stack([part @ rows for part, rows in parts]), None, None, None
+        return torch.stack([part @ rows for part, rows in parts]), None, None, None, None
 
 
-def product(x: Tensor, weight: Tensor, bits: Tensor | None, bias: Tensor | None) -> Tensor:
+def product(x: Tensor, weight: Tensor, bits: Tensor | None, bias: Tensor | None, place: Tensor | None = None) -> Tensor:
     """[b s d] -> [b s n], as `columns` does it, of a frozen weight in 8 bits, or of one that is whole (no `bits` of scales)."""
-    return columns(x, weight, bias) if bits is None else _Product.apply(x, weight, bits.view(torch.float32), bias)
+    return columns(x, weight, bias) if bits is None else _Product.apply(x, weight, bits.view(torch.float32), bias, place)
 
 
 class Quantized(nn.Module):
     """weight [n d] in int8 and scale [n] in fp32, whose product is the weight of the layer that this one replaces. [b s d] -> [b s n].
 
-    `kind` and `dtype` are the class of that layer and the format of its weight, `scratch` is as `rounded` wants it.
+    `kind` and `dtype` are the class of that layer and the format of its weight, `scratch` is as `rounded` wants it; `place` as `share_place` gives it.
     """
+
+    place: Tensor | None = None
 
     def __init__(self, base: nn.Linear, *, tp: Axis, scratch: Tensor) -> None:
         super().__init__()
@@ -76,7 +80,7 @@ class Quantized(nn.Module):
         return self.scale_bits.view(torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
-        return product(x, self.weight, self.scale_bits, self.bias)
+        return product(x, self.weight, self.scale_bits, self.bias, self.place)
 
 
 class QuantizedColumns(Quantized):
@@ -90,7 +94,7 @@ class QuantizedRows(Quantized):
     """Of RowLinear: outputs are summed, then the bias is added."""
 
     def forward(self, x: Tensor) -> Tensor:
-        summed = self.tp.sum(product(x, self.weight, self.scale_bits, None))
+        summed = self.tp.sum(product(x, self.weight, self.scale_bits, None, self.place))
         return summed if self.bias is None else summed + self.bias
 
 
@@ -120,6 +124,16 @@ def quantize(layer: nn.Module, tp: Axis) -> None:
         setattr(layer.get_submodule(parent), name, module)
 
 
+def share_place(layers: Iterable[nn.Module]) -> None:
+    """Gives all matrices of 8 bits, whose layers run one after the other, one place to be widened in. Taken once, it is counted before a cache is made as
+    large as memory allows, and captured work and other work do not each keep one of their own."""
+    found = [module for module in chain.from_iterable(layer.modules() for layer in layers) if isinstance(module, Quantized)]
+    if found:
+        place = torch.empty(max(module.weight.numel() for module in found), dtype=found[0].dtype, device=found[0].weight.device)
+        for module in found:
+            module.place = place
+
+
 def row_scale(weight: Tensor, tp: Axis) -> Tensor:
     """The scales [n] of whole rows, of which each rank of `tp` holds some columns: so the numbers do not depend on the cut."""
     low, high = weight.aminmax(dim=1)
@@ -138,11 +152,18 @@ def rounded(weight: Tensor, scale: Tensor, scratch: Tensor | None = None) -> Ten
     return found
 
 
-def dequantized(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The matrix in this number format. Products are taken in fp32 and rounded once."""
-    return torch.mul(weight, scale.unsqueeze(1), out=torch.empty(weight.shape, dtype=dtype, device=weight.device))
+def dequantized(weight: Tensor, scale: Tensor, dtype: torch.dtype, place: Tensor | None = None) -> Tensor:
+    """The matrix in this number format, in `place` where one of this format is given. Products are taken in fp32 and rounded once."""
+    if place is None or place.dtype != dtype:
+        place = torch.empty(weight.numel(), dtype=dtype, device=weight.device)
+    return torch.mul(weight, scale.unsqueeze(1), out=place[: weight.numel()].view(weight.shape))
 
 
 def scales_of(one: nn.Module, other: nn.Module) -> tuple[Tensor, Tensor] | None:
     """The scales of two linear layers, if they are quantized."""
     return (one.scale, other.scale) if isinstance(one, Quantized) and isinstance(other, Quantized) else None
+
+
+def place_of(layer: nn.Module) -> Tensor | None:
+    """Where the matrix of a linear layer is widened, if it is quantized and has such a place."""
+    return layer.place if isinstance(layer, Quantized) else None
