@@ -31,6 +31,8 @@ class Ceilings:
     @classmethod
     def of(cls, device: torch.device, dtype: torch.dtype) -> "Ceilings":
         stream = read_only(device) if device.type == "cuda" and find_spec("triton") else read_stream(device, dtype)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # or what the matrix library keeps would lie in that block of memory, which then could not be given back
         product = matrix_product(device, dtype)
         return cls(stream, product, lasting_product(device, dtype, product))
 
