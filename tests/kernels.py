@@ -97,16 +97,24 @@ def norms() -> None:
 
 
 def attending() -> None:
-    """Rows of any length, split over programs or not, with grouped heads and both kinds of rotary pairs."""
-    cases: list[tuple[int, Literal["half", "interleaved"], int]] = [(4, "half", 1), (4, "interleaved", 4), (2, "half", 2)]
-    for groups, pairing, splits in cases:
+    """Rows of any length, split over programs or not, with grouped heads and both kinds of rotary pairs; heads of one width, of two, of two and a bit."""
+    cases: list[tuple[int, Literal["half", "interleaved"], int, int, int, int]] = [
+        (4, "half", 1, 24, 8, 16),
+        (4, "interleaved", 4, 24, 8, 16),
+        (2, "half", 2, 24, 24, 16),
+        (4, "half", 1, 48, 40, 8),
+        (4, "interleaved", 2, 48, 16, 16),
+        (1, "half", 4, 64, 64, 8),
+    ]
+    for groups, pairing, splits, size, turns, tokens in cases:
         attention.splits_for = lambda rows, count, splits=splits: splits
-        lengths, rotary = torch.tensor([0, 7, 15, 16, 40], dtype=torch.int32), Rotary(8, 10000.0, 64, pairing)
-        pages = (torch.randn(40, groups, 16, 24), torch.randn(40, groups, 16, 24))
+        attention.ways = lambda programs, count, head_dim, page, tokens=tokens: (tokens, 1, 2)
+        lengths, rotary = torch.tensor([0, 7, 15, 16, 40], dtype=torch.int32), Rotary(turns, 10000.0, 64, pairing)
+        pages = (torch.randn(40, groups, 16, size), torch.randn(40, groups, 16, size))
         table = torch.randperm(39)[:30].reshape(5, 6).to(torch.int32) + 1
-        query, key, value, out = torch.randn(5, 4, 24), torch.randn(5, groups, 24), torch.randn(5, groups, 24), torch.empty(5, 4, 24)
-        scratch = Scratch.empty(5, 4, groups, 24, CPU)
-        attend_pages((query, key, value), pages, table, lengths, out, scratch, Turn(*angles(8, 10000.0, 64, CPU), pairing == "interleaved"))
+        query, key, value, out = torch.randn(5, 4, size), torch.randn(5, groups, size), torch.randn(5, groups, size), torch.empty(5, 4, size)
+        scratch = Scratch.empty(5, 4, groups, size, CPU)
+        attend_pages((query, key, value), pages, table, lengths, out, scratch, Turn(*angles(turns, 10000.0, 64, CPU), pairing == "interleaved"))
         for row, length in enumerate(lengths.tolist()):
             turned, mine = (rotary(each[row][None, :, None], torch.tensor([length]))[0] for each in (query, key))
             keys, values = (torch.cat(list(part[table[row].long()]), 1) for part in pages)

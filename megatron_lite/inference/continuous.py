@@ -169,6 +169,8 @@ class ContinuousDecoder:
         staying = [index for index, row in enumerate(rows) if row.begun < row.limit and not row.has_ended]
         if len(staying) == len(rows) == len(group.rows):
             return
+        # a GPU begins with the first rows: the longest, or the rest of it would wait for one that was begun last
+        staying.sort(key=lambda index: -rows[index].length)
         gone = set(range(len(rows))) - set(staying)
         self.free.give_back(page for index in sorted(gone) for page in rows[index].pages)
         kept = [rows[index] for index in staying]

@@ -107,7 +107,7 @@ class FusedBlock:
     def combined(self, mixed: Tensor, inner: Tensor, bias: Tensor | None) -> Tensor:
         """This rank's term of what the block adds to the stream, by the library."""
         expanded = F.linear(inner, self._whole_second(1, inner.dtype), bias)
-        return expanded.addmm_(mixed, self._whole_second(0, inner.dtype).t())
+        return torch.addmm(expanded, mixed, self._whole_second(0, inner.dtype).t(), out=expanded)
 
     def _whole_first(self, index: int, dtype: torch.dtype) -> Tensor:
         """A matrix of the first product in the format of the states: until the next one is asked for, where it is held in 8 bits."""
