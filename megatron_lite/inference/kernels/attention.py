@@ -73,8 +73,10 @@ def attend_pages(
 def ways(programs: int, splits: int, head_dim: int, page: int) -> tuple[int, int, int]:
     """Tokens that a program takes at once, its warps, and its stages: what was fastest on an H200. Where programs are many, each holds few bytes, so that
     those of many are on their way."""
-    if programs >= 2048:
-        return min(page, 32 if head_dim <= 128 else 16), 1, 2
+    if head_dim > 128:
+        return (min(page, 16), 1, 3) if programs >= 64 else (min(page, 32), 4, 2)
+    if programs >= 1024:
+        return min(page, 16 if programs >= 4096 else 32), 1, 2
     return page, 4, 3 if splits == 1 else 2
 
 
