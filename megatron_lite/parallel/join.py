@@ -46,6 +46,8 @@ def _join_gpus(rank: int, world: int, device: torch.device, timeout: timedelta) 
     sharers = most_on_one([places.get(str(other)).decode() for other in range(world)])
     if sharers == 1:
         heed_reach()
+        # stages tell NCCL of their messages in one order, and need no word about it
+        os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
         dist.init_process_group("nccl", store=store, rank=rank, world_size=world, timeout=timeout, device_id=device)
         return
     hold_to(torch.cuda.get_device_properties(device).total_memory // sharers, device)
