@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_lite.inference.block import FusedBlock
 from megatron_lite.inference.captured import CapturedStepper
-from megatron_lite.inference.fused import FusedBlock
 from megatron_lite.inference.kernels import attention, linear
 from megatron_lite.inference.kernels.linear import Projection, Tiles, combine, fitting, project, tiles_for
 from megatron_lite.inference.step import Stepper

@@ -6,19 +6,17 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from megatron_lite.inference.captured import SIZES, CapturedStepper, size_in
 from megatron_lite.inference.kernels.exchange import OFFERED, PATIENCE, packets, sum_and_norm
 from megatron_lite.inference.kernels.kernel import Launch, watched
+from megatron_lite.inference.nowhere import NOWHERE, Shapes, Silent, Unseen
 from megatron_lite.inference.paged import FilledPast
 from megatron_lite.inference.reading import COUNTS
 from megatron_lite.inference.step import Slots
@@ -32,89 +30,12 @@ from megatron_lite.parallel.shards import take
 from megatron_lite.parallel.stage import Stage
 from megatron_lite.run import Run
 
-NOWHERE = torch.device("meta")
 THREADS = 8
 """Compilers at once in a process, if there are cores enough: nearly all of their work is done outside of Python."""
 TURN = 1e-4
 """Seconds that a thread keeps Python for itself while kernels are compiled. At the usual 5 ms those that read weights would mostly wait for it."""
 READINGS = ((37, 1), (64, 1), (64, COUNTS[-1]), (37, 3))
 """Tokens and prompts that are read together: of every kind one. Captured rows are filled up with prompts."""
-
-
-class Silent(Axis):
-    """An axis whose ranks are not asked."""
-
-    def sum(self, x: Tensor) -> Tensor:
-        return x
-
-    def sum_in_place(self, x: Tensor) -> Tensor:
-        return x
-
-    def maximum(self, x: Tensor) -> Tensor:
-        return x
-
-
-@dataclass(frozen=True)
-class Unseen:
-    """What a block needs to know of prompts that are not there."""
-
-    positions: Tensor
-
-    def mix(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return torch.empty_like(query)
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], len(weight))
-
-
-def _joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
-    shape = list(parts[0].shape)
-    shape[dim] = sum(part.shape[dim] for part in parts)
-    return parts[0].new_empty(shape)
-
-
-def _combined(x: Tensor, other: Tensor | float) -> Tensor:
-    larger = other if isinstance(other, Tensor) and other.numel() > x.numel() else x  # torch.broadcast_shapes would bring in what is avoided here
-    return x.new_empty(larger.shape, dtype=torch.result_type(x, other))
-
-
-def _reduced(x: Tensor, dim: int, *, keepdim: bool = False) -> Tensor:
-    shape = list(x.shape)
-    shape[dim : dim + 1 or None] = [1] * keepdim
-    return x.new_empty(shape)
-
-
-def _picked(x: Tensor, index: Any) -> Tensor:
-    return x.new_empty(*index.shape, *x.shape[1:]) if isinstance(index, Tensor) else x[index]
-
-
-ALIKE = (
-    *(F.gelu, torch.addmm, torch.empty_like, torch.maximum, Tensor.sub, Tensor.neg, Tensor.__neg__, Tensor.div, Tensor.__truediv__),
-    *(Tensor.lt, Tensor.ge, Tensor.gt, Tensor.__or__, Tensor.where, Tensor.masked_fill, Tensor.round_, Tensor.copy_),
-    *(Tensor.square, torch.rsqrt, F.silu),
-)
-"""What makes a tensor of the same shape; what it is made of does not matter here."""
-
-
-class Shapes(TorchFunctionMode):
-    """Answers for the library with tensors of the right shape. It would do so itself, but imports its compiler first, which takes seconds."""
-
-    ANSWERS: dict[Callable[..., Any], Callable[..., Any]] = {
-        **dict.fromkeys(ALIKE, lambda x, *others, **options: x),
-        **dict.fromkeys((torch.mul, torch.div), lambda one, other, out=None: one if out is None else out),
-        F.linear: _linear,
-        F.embedding: lambda tokens, weight, **options: weight.new_empty(*tokens.shape, weight.shape[1]),
-        Tensor.aminmax: lambda x, dim: (x.new_empty(len(x)), x.new_empty(len(x))),
-        Tensor.__getitem__: _picked,
-        **dict.fromkeys((Tensor.add, Tensor.__add__, Tensor.mul, Tensor.__mul__), _combined),
-        **dict.fromkeys((Tensor.sum, Tensor.mean), _reduced),
-        torch.cat: _joined,
-        torch.stack: lambda parts, dim=0: _joined([part.unsqueeze(dim) for part in parts], dim),
-    }
-
-    def __torch_function__(self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        return self.ANSWERS.get(func, func)(*args, **(kwargs or {}))
 
 
 @contextmanager
