@@ -14,7 +14,7 @@ from megatron_lite.inference.paged import PAGE, FreePages, PagedCache, page_byte
 from megatron_lite.inference.replicas import complete_all
 from megatron_lite.inference.request import Completion, Request
 from megatron_lite.inference.sample import Rules
-from megatron_lite.inference.step import Stepper
+from megatron_lite.inference.step import Arrival, Slots, Stepper
 from megatron_lite.models.spec import ModelSpec
 from megatron_lite.parallel.layout import Layout
 from megatron_lite.parallel.mesh import Mesh, single_mesh
@@ -71,6 +71,20 @@ def test_rows_of_different_limits_and_rules_live_side_by_side(stage: Stage) -> N
 def test_the_last_prompts_are_served_however_many_rows_there_are(stage: Stage, count: int, groups: int) -> None:
     asked = requests(random_prompts(range(1, count + 1)), maximum_tokens=3)
     assert told(serve(stage, asked, rows=64, groups=groups)) == told(complete(stage, asked, spec=SPEC))
+
+
+def test_the_longest_rows_have_the_first_slots(stage: Stage) -> None:
+    seen: list[list[int]] = []
+
+    class Watched(Stepper):
+        def advance(self, slots: Slots, rows: int, rules: Rules) -> Arrival:
+            seen.append(slots.lengths[:rows].tolist())
+            return super().advance(slots, rows, rules)
+
+    decoder = ContinuousDecoder(Watched(stage, SPEC, words=512, pages=40), TOKENIZER, context=SPEC.max_positions, rows=4, tokens=100)
+    list(decoder.complete(requests(PROMPTS, maximum_tokens=9)))
+    assert all(lengths == sorted(lengths, reverse=True) for lengths in seen)
+    assert max(len(set(lengths)) for lengths in seen) == 4
 
 
 def test_few_pages_make_prompts_wait_and_change_nothing(stage: Stage) -> None:
