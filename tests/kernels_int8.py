@@ -91,7 +91,8 @@ def blocks() -> None:
     assert fused.first[0].data_ptr() == block.attention.query_key_value.weight.data_ptr()
     assert {weight.dtype for weight in (*fused.first, *fused.second)} == {torch.int8}
     x, mixed = torch.randn(1, 9, SMALL.hidden), torch.randn(9, SMALL.hidden)
-    heads, inner = fused.projected(torch.cat([block.input_layernorm(x), block.post_attention_layernorm(x)]))
+    normed = torch.cat([block.input_layernorm(x), block.post_attention_layernorm(x)])
+    heads, inner = fused.heads(normed), fused.inner(normed)
     near(heads, block.attention.query_key_value(block.input_layernorm(x))[0])
     near(inner, F.gelu(block.mlp.dense_h_to_4h(block.post_attention_layernorm(x))[0], approximate="tanh"))
     near(fused.combined(mixed, inner, fused.small_bias), (block.attention.dense(mixed[None]) + block.mlp.dense_4h_to_h(inner[None]))[0])

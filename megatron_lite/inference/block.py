@@ -84,11 +84,14 @@ class FusedBlock:
             place_of(attention.dense),
         )
 
-    def projected(self, normed: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries, keys and values [s (h 3 d)] and the MLP's inner states [s n] of any number of tokens [c s d], by the library."""
-        heads = columns(copies(normed, 0, self.norms.copies[0]), self._whole_first(0, normed.dtype), self.first_bias[0])[0]
+    def heads(self, normed: Tensor) -> Tensor:
+        """Queries, keys and values [s (h 3 d)] of any number of tokens [c s d], by the library."""
+        return columns(copies(normed, 0, self.norms.copies[0]), self._whole_first(0, normed.dtype), self.first_bias[0])[0]
+
+    def inner(self, normed: Tensor) -> Tensor:
+        """The MLP's inner states [s n] of the same."""
         states = copies(normed, self.norms.second, self.norms.copies[1])
-        return heads, activated(states, self._whole_first(1, normed.dtype), self.first_bias[1], self.activation)
+        return activated(states, self._whole_first(1, normed.dtype), self.first_bias[1], self.activation)
 
     def combined(self, mixed: Tensor, inner: Tensor, bias: Tensor | None) -> Tensor:
         """This rank's term of what the block adds to the stream, by the library."""

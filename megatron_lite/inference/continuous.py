@@ -131,7 +131,7 @@ class ContinuousDecoder:
         """Reads the prompts for which there is room, if they are worth a pass. Where there are few, every group gets some."""
         share = -(-len(waiting) // len(self.groups))
         room = min(self.most - len(group.rows), share)
-        if room < min(share, max(1, self.most // 8)):
+        if room < min(share, max(1, self.most // 16)):
             return
         coming: list[Served] = []
         tokens = pages = 0

@@ -71,31 +71,42 @@ class FusedStack:
         return normed
 
     def read(self, x: Tensor, pasts: Sequence[FilledPast], last: Tensor) -> Tensor:
-        """The same for the tokens [s d] of packed prompts, whose keys and values are kept: what the last norm makes of the stream at `last` [c n d]."""
-        ends = self._read_all(x, pasts)[last]
-        return self._normed(ends, ends.new_empty(0, *ends.shape), None, self.last, like=x)
+        """The same for the tokens [s d] of packed prompts, whose keys and values are kept: what the last norm makes of the stream at `last` [c n d]. Of the
+        last block the other tokens need nothing but keys and values."""
+        block, past = self.blocks[-1], pasts[-1]
+        stream, x = self._read_all(x, self.blocks[:-1], pasts)
+        normed = self._normed(stream, x.unsqueeze(0), None, block.norms, like=x)
+        mixed = self._attended(block, past, block.heads(normed)).index_select(0, last)
+        share = block.combined(mixed, block.inner(normed.index_select(1, last)), block.small_bias)
+        return self._normed(stream.index_select(0, last), self.tp.sum_in_place(share).unsqueeze(0), None, self.last, like=x)
 
     def pass_on(self, x: Tensor, pasts: Sequence[FilledPast]) -> Tensor:
         """The stream behind the last block [s d], for the next stage."""
-        return self._read_all(x, pasts).to(x.dtype)
-
-    def _read_all(self, x: Tensor, pasts: Sequence[FilledPast]) -> Tensor:
-        stream = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-        for block, past in zip(self.blocks, pasts, strict=True):
-            x = self._read_block(block, past, self._normed(stream, x.unsqueeze(0), None, block.norms, like=x))
+        stream, x = self._read_all(x, self.blocks, pasts)
         self._normed(stream, x.unsqueeze(0), None, None, like=x)
-        return stream
+        return stream.to(x.dtype)
+
+    def _read_all(self, x: Tensor, blocks: Sequence[FusedBlock], pasts: Sequence[FilledPast]) -> tuple[Tensor, Tensor]:
+        """The stream behind these blocks [s d], and what the last of them still adds to it."""
+        stream = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        for block, past in zip(blocks, pasts, strict=False):
+            x = self._read_block(block, past, self._normed(stream, x.unsqueeze(0), None, block.norms, like=x))
+        return stream, x
 
     def _read_block(self, block: FusedBlock, past: FilledPast, normed: Tensor) -> Tensor:
         """What a block adds to the stream [s d], summed over the ranks."""
-        flat, inner = block.projected(normed)
+        heads, inner = block.heads(normed), block.inner(normed)
         del normed  # what is not needed any more is let go: a long prompt takes as much again
+        mixed = self._attended(block, past, heads)
+        del heads
+        return self.tp.sum_in_place(block.combined(mixed, inner, block.small_bias))
+
+    def _attended(self, block: FusedBlock, past: FilledPast, flat: Tensor) -> Tensor:
+        """[s (h 3 d)] -> [s (h d)]; keys and values are kept."""
         heads = flat.view(len(flat), -1, 3, block.head_dim)
         place_prompts(heads, (past.keys, past.values), (past.pages, past.places), past.positions[0], block.turn)
         query, key, value = heads.transpose(0, 1).unsqueeze(0).unbind(3)
-        mixed = past.inner.mix(query, key, value)[0].transpose(0, 1).flatten(1)
-        del flat, heads, query, key, value
-        return self.tp.sum_in_place(block.combined(mixed, inner, block.small_bias))
+        return past.inner.mix(query, key, value)[0].transpose(0, 1).flatten(1)
 
     def _summed(self, stream: Tensor, terms: Tensor, bias: Tensor | None, norms: Norms | None, *, like: Tensor) -> Tensor:
         """Adds the sum over the ranks to the stream, and norms it."""
@@ -132,7 +143,7 @@ class FusedStack:
 
     def _many(self, block: FusedBlock, past: PagedPast, normed: Tensor, scratch: Scratch) -> Tensor:
         """The same for so many rows that the library's products are faster."""
-        heads, inner = block.projected(normed)
+        heads, inner = block.heads(normed), block.inner(normed)
         mixed = normed.new_empty(len(heads), block.second[0].shape[1])
         attend(block, past, heads, mixed, scratch)
         return block.combined(mixed, inner, None).unsqueeze(0)
