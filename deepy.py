@@ -2,9 +2,13 @@
 """Starts a script with GPT-NeoX configuration files on all GPUs: ./deepy.py generate.py configs/20B.yml -i prompts.txt"""
 
 import os
+import signal
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else Ctrl-C is to be ignored, as under `&` in a script
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends this process at once, in whatever import it is, until it has others to end
 
 # last, because a top-level evaluate.py must not shadow the `evaluate` package that lm-eval imports
 ROOT = Path(__file__).resolve().parent

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_lite.errors import UserError
+from megatron_lite.whole import whole_file
 
 TAIL = 12  # lines of a traceback or log that are worth a look before opening the file
 
@@ -41,9 +42,8 @@ def record_failure(failure: Failure, path: Path) -> None:
     """Writes the file in the shape that elastic's agents (torchrun's too) read."""
     said = failure.sentence or _last_line(failure.trace or "")
     message = {"message": said, "extraInfo": {"py_callstack": failure.trace or said, "timestamp": str(int(failure.time))}}
-    draft = path.with_suffix(".draft")
-    draft.write_text(json.dumps({"message": message, "deepy": asdict(failure)}), encoding="utf-8")
-    draft.replace(path)  # whole or not at all: an agent raises at half a file
+    with whole_file(path) as file:  # an agent raises at half a file
+        json.dump({"message": message, "deepy": asdict(failure)}, file)
 
 
 def read_failure(path: Path) -> Failure | None:

@@ -18,7 +18,7 @@ from launcher.fleet import Node, watch
 from launcher.hosts import Host
 from launcher.job import GRACE, Job
 from launcher.node import Order
-from launcher.spawn import SAFE_PATH
+from launcher.spawn import SAFE_PATH, hear_ctrl_c
 from launcher.worker import PARENT
 from megatron_lite.config.sections import LauncherSection
 from megatron_lite.errors import LayoutError
@@ -31,6 +31,7 @@ def run_on_hosts(hosts: Sequence[Host], configs: Sequence[Path], job: Job, secti
     """Runs a job of job.processes on the first devices of these hosts. Returns the exit code, after the first failure was told."""
     if section.launcher not in STARTERS:
         raise LayoutError(f"launcher {section.launcher} is not built; use one of {', '.join(STARTERS)}, or start every process with torchrun or srun")
+    hear_ctrl_c()
     hosts = share(hosts, job.processes)
     order = Order(
         name=job.name,

@@ -1,13 +1,13 @@
 """Runs the processes of a job on this host, and says what became of them: nothing if all went well, else the first failure, last and once."""
 
 import os
+import signal
 import sys
 import termios
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from signal import Signals
 
 from launcher.failure import verdict
 from launcher.hardware import BUS
@@ -51,9 +51,10 @@ def spawn(job: Job) -> int:
     else:
         from launcher.agent import run_agent as run
 
+    hear_ctrl_c()
     with kept_terminal():
         ends = run(job, sys.executable, [*SAFE_PATH, str(job.script), *job.words])
-    if isinstance(ends, Signals):
+    if isinstance(ends, signal.Signals):
         if job.meeting is None:  # else whoever started all hosts says it
             _say(f"stopped by {ends.name}; logs: {job.logs}")
         return 128 + ends
@@ -62,6 +63,12 @@ def spawn(job: Job) -> int:
     words, code = verdict(ends, job.logs)
     _say(words)
     return code
+
+
+def hear_ctrl_c() -> None:
+    """Makes Ctrl-C an exception where it ended this process at once: from here on there are others to end, and things to tidy up."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _say(words: str) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -187,6 +188,17 @@ def test_deepy_runs_a_script_on_every_process(folder: Path) -> None:
     assert ended.stdout == "rank 0 small.yml top_k=3 pipe_parallel_size=1 model_parallel_size=2\n"
     assert ended.stderr == f"pipe 1 x model 2 on 2 CPU processes; logs in logs/{logs.name}\n"
     assert (logs / "rank1.log").read_text() == "rank 1 small.yml top_k=3 pipe_parallel_size=1 model_parallel_size=2\n"
+
+
+@pytest.mark.parametrize("module", ["argparse", "pydantic", "torch"])
+def test_ctrl_c_ends_deepy_while_it_still_imports_whatever_the_import_makes_of_it(folder: Path, module: str) -> None:
+    asked = "try:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(5)\nexcept KeyboardInterrupt:\n    raise ImportError('half a module')"
+    Path(f"{module}.py").write_text(f"import os, signal, time\n{asked}\n")
+    command = [sys.executable, str(ROOT / "deepy.py"), "mine", "small", "pipe-parallel-size=1", "model-parallel-size=2"]
+    environment = {**os.environ, "PYTHONPATH": str(folder), "CUDA_VISIBLE_DEVICES": ""}
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env=environment)
+    assert (ended.returncode, ended.stdout) == (-signal.SIGINT, "")
+    assert "Traceback" not in ended.stderr
 
 
 def test_a_dry_run_shows_the_numbers_of_what_does_not_fit(folder: Path) -> None:

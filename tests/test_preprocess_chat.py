@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from megatron_lite.config.sections import DataSection
 from megatron_lite.data.corpus import open_corpus
 from megatron_lite.data.documents import Record
 from megatron_lite.data.forms import Conversation, Segment, templated
 from megatron_lite.data.packing import Packing
-from megatron_lite.data.samples import Samples
+from megatron_lite.data.sources import TrainingData, open_data
 from megatron_lite.data.tokenizer import CharLevelTokenizer
 from megatron_lite.errors import DataError
 
@@ -64,18 +65,19 @@ def test_a_file_of_which_nothing_would_be_learned_is_refused_when_it_is_tokenize
         assert re.fullmatch(rf"{path}: there is nothing to learn in [1-9]\d* tokens, because {re.escape(why)}; nothing was written", str(error.value))
 
 
-def test_labels_of_which_none_is_learned_are_refused_when_they_are_opened_to_train_on(tmp_path: Path) -> None:
+def test_labels_of_which_none_is_learned_are_refused_when_a_training_opens_them(tmp_path: Path) -> None:
     path = tmp_path / "chat.jsonl"
     chats = [[("user", "Hi")], [("user", "Hi")], [("user", "Hi"), ("assistant", "Hello")]]
     records = [{"messages": [{"role": role, "content": content} for role, content in chat]} for chat in chats]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    corpus = open_corpus(path, CharLevelTokenizer())
-    packing = Packing(8, 0, "packed", True)
+
+    def opened(split: str) -> TrainingData:
+        return open_data(DataSection.model_validate({"data_path": path, "split": split}), Packing(8, 0), CharLevelTokenizer(), vocab=512)
+
     sentence = r"chat\.jsonl-.*_messages_label_document has no label for any token of the 2 sequences to train on, so that nothing would be learned"
     with pytest.raises(DataError, match=sentence):
-        Samples(corpus, range(2), purpose="train", count=1, packing=packing)
-    assert len(Samples(corpus, range(3), purpose="train", count=1, packing=packing)) >= 1
-    assert len(Samples(corpus, range(2), purpose="valid", count=1, packing=packing)) >= 1  # whose loss is then 0
+        opened("2,1")
+    assert opened("3").source("train", 1) is not None
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,9 @@ from megatron_lite.data import known_sets
 from megatron_lite.data.indexed import IndexedDataset
 from megatron_lite.data.known_sets import KNOWN, obtain
 from megatron_lite.data.tokenizer import load_tokenizer
-from megatron_lite.errors import DataError
+from megatron_lite.errors import DataError, OutputError
 from megatron_lite.log import logger
+from tests.disks import no_file_beyond
 from tools import prepare_data, preprocess_data
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -142,3 +143,16 @@ def test_enrons_mails_become_records_without_their_headers() -> None:
     records = sorted((json.loads(line) for line in part.texts[0].read_text().splitlines()), key=lambda record: record["meta"]["file"])
     assert [record["text"] for record in records] == ["Dear B,\n\nyes.\n", "Café\n"]
     assert records[0]["meta"] == {"file": "maildir/a/1."}
+
+
+@pytest.mark.parametrize("name", ["wikitext-2", "enron"])
+def test_a_full_disk_keeps_nothing_of_what_could_not_be_unpacked(name: str) -> None:
+    Path("data").mkdir()
+    text = Path("data/text")
+    text.write_bytes(b"\n\n" + bytes(100_000))
+    archive = Path("data") / KNOWN[name].files[0].name
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) if name == "wikitext-2" else tarfile.open(archive, "w:gz") as packed:
+        packed.write(text, "wikitext-2-raw/wiki.train.raw") if isinstance(packed, zipfile.ZipFile) else packed.add(text, "maildir/a/1.")
+    with no_file_beyond(10_000), pytest.raises(OutputError, match=r"cannot be written: File too large; nothing of it was kept: free some space"):
+        KNOWN[name].unpack(Path("data"))
+    assert sorted(Path("data").iterdir()) == sorted([text, archive])

@@ -221,6 +221,13 @@ def test_a_check_of_a_training_that_goes_on_leaves_everything_as_it_was(tmp_path
     [
         ({"optimizer": {"type": "OneBitAdam", "params": {"lr": 1.0}}}, "optimizer type OneBitAdam"),
         ({"optimizer": {"type": "Adam"}}, "the optimizer's learning rate is not set"),
+        ({"optimizer": {"params": {"lr": -1}}}, "it needs a number of at least 0"),
+        ({"optimizer": {"params": {"lr": True}}}, "optimizer.params.lr is True"),
+        ({"optimizer": {"params": {"lr": 1e-3, "eps": "small"}}}, "optimizer.params.eps is 'small'"),
+        ({"optimizer": {"params": {"lr": 1e-3, "betas": 0.9}}}, "optimizer.params.betas is 0.9"),
+        ({"optimizer": {"params": {"lr": 1e-3, "betas": [0.9, 1.5]}}}, "it needs 2 numbers of at least 0 and below 1"),
+        ({"optimizer": {"params": {"lr": 1e-3}, "weight_decay": 0.1}}, "optimizer weight_decay"),
+        ({"min_lr": 0.1}, "and the optimizer's lr is 0.01"),
         ({"train_batch_size": 5, "train_micro_batch_size_per_gpu": 2}, "train_batch_size 5"),
         ({"train_batch_size": None}, "neither train_batch_size nor train_micro_batch_size_per_gpu is set"),
         ({"train_iters": None}, "neither train_iters nor train_epochs is set"),

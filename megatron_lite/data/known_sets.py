@@ -1,17 +1,19 @@
 """Data sets that people know by name: where their files come from, and how they become texts."""
 
+import json
 import shutil
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_lite.data.documents import kind_of
 from megatron_lite.data.download import Progress, RemoteFile, fetch_all
-from megatron_lite.data.jsonl import RecordWriter
-from megatron_lite.errors import DataError
+from megatron_lite.errors import DataError, OutputError
 from megatron_lite.log import logger
+from megatron_lite.whole import draft_of
 
 HUGGING_FACE = "https://huggingface.co"
 TINY_STORIES = f"{HUGGING_FACE}/datasets/roneneldan/TinyStories/resolve/f54c09fd23315a6f9c86f9dc80f725de7d8f9c64"
@@ -71,24 +73,30 @@ def _zipped(archive: str, **members: str) -> Callable[[Path], list[Part]]:
 def _unpacked(folder: Path, archive: str, member: str, name: str) -> Path:
     path = folder / name
     if not path.is_file():
-        logger.info(f"unpacking {path}")
-        draft = folder / f".{name}.tmp"
-        with zipfile.ZipFile(folder / archive) as content, content.open(member) as source, draft.open("wb") as target:
+        with _unpacking(path) as draft, zipfile.ZipFile(folder / archive) as content, content.open(member) as source, draft.open("wb") as target:
             shutil.copyfileobj(source, target, CHUNK)
-        draft.replace(path)
     return path
+
+
+@contextmanager
+def _unpacking(path: Path) -> Iterator[Path]:
+    """A draft of a text that is made of what was fetched."""
+    logger.info(f"unpacking {path}")
+    try:
+        with draft_of(path) as draft:
+            yield draft
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}; nothing of it was kept: free some space or choose another folder") from None
 
 
 def _letters(folder: Path) -> list[Part]:
     """Every file of Enron's mail folders as a JSON line, without the header of the mail."""
     path = folder / "enron.jsonl"
     if not path.is_file():
-        logger.info(f"unpacking {path}")
-        draft = folder / ".enron.jsonl.tmp"
-        with RecordWriter(draft) as records:
+        with _unpacking(path) as draft, draft.open("w", encoding="utf-8") as records:
             for name, letter in _members(folder / ENRON.name):
-                records.write({"text": _decoded(letter.replace(b"\r\n", b"\n").partition(b"\n\n")[2]), "meta": {"file": name}})
-        draft.replace(path)
+                record = {"text": _decoded(letter.replace(b"\r\n", b"\n").partition(b"\n\n")[2]), "meta": {"file": name}}
+                records.write(json.dumps(record, ensure_ascii=False) + "\n")
     return [Part("enron", (path,))]
 
 

@@ -35,8 +35,6 @@ class Samples:
 
     def __init__(self, corpus: Corpus, part: range, *, purpose: str, count: int, packing: Packing) -> None:
         self._corpus, self._packing, self._purpose = corpus, packing, purpose
-        if purpose.startswith("train"):
-            _check_learned(corpus, part)
         documents = Documents(part.start, corpus.tokens.sizes[part.start : part.stop], lambda: usable(corpus, part, packing))
         self._maps = sample_maps(MapFiles(corpus.tokens.prefix, purpose, count, packing, origin_of(corpus, part)), documents)
 
@@ -77,7 +75,7 @@ class Samples:
         return joined
 
 
-def _check_learned(corpus: Corpus, part: range) -> None:
+def check_learned(corpus: Corpus, part: range) -> None:
     """Raises DataError where there is nothing to train on. Looks as far as the first label."""
     labels = corpus.labels
     if labels is not None and not any((labels.read(sequence) >= 0).any() for sequence in part):

@@ -10,7 +10,7 @@ from megatron_lite.data.blend import MOST, Blend, normalized, sample_counts, wei
 from megatron_lite.data.corpus import open_corpus
 from megatron_lite.data.indexed import Corpus
 from megatron_lite.data.packing import Packing, samples_in
-from megatron_lite.data.samples import Samples, SampleSource, split, usable
+from megatron_lite.data.samples import Samples, SampleSource, check_learned, split, usable
 from megatron_lite.data.tokenizer import Tokenizer
 from megatron_lite.errors import ConfigError, DataError
 
@@ -76,6 +76,9 @@ def open_data(section: DataSection, packing: Packing, tokenizer: Tokenizer, *, v
         raise ConfigError("no data to train on: set data_path to a data set or a file of texts, or train_data_paths to several")
     for corpus in {id(part.corpus): part.corpus for listed in parts.values() for part in listed}.values():
         _check_vocabulary(corpus, vocab)
+    for part in parts["train"]:
+        if part.weight:
+            check_learned(part.corpus, part.sequences)
     return TrainingData(parts, packing, blended=section.data_path is None)
 
 

@@ -10,7 +10,8 @@ from typing import IO
 
 from megatron_lite.checkpoint.write import name_latest
 from megatron_lite.errors import CheckpointError, OutputError
-from megatron_lite.training.manifest import check_sizes, sync
+from megatron_lite.training.manifest import check_sizes
+from megatron_lite.whole import sync
 
 DRAFT, REPLACED = ".draft", ".replaced"
 PATIENCE = 10.0

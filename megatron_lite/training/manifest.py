@@ -1,13 +1,13 @@
 """What a checkpoint folder must hold: every file's size and checksum, written last. A folder without a manifest was never finished."""
 
 import json
-import os
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_lite.errors import CheckpointError
+from megatron_lite.whole import sync, whole_file
 
 NAME = "manifest.json"
 CHUNK = 1 << 24
@@ -27,21 +27,10 @@ def entry_of(path: Path) -> Entry:
     return Entry(path.stat().st_size, f"{checksum:08x}")
 
 
-def sync(path: Path) -> None:
-    """Waits until a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_entries(entries: Mapping[str, Entry], path: Path) -> None:
     """A file of entries that appears whole or not at all."""
-    draft = path.with_name(path.name + ".partial")
-    draft.write_text(json.dumps({name: asdict(entry) for name, entry in entries.items()}, indent=1), encoding="utf-8")
-    sync(draft)
-    draft.replace(path)
+    with whole_file(path) as file:
+        json.dump({name: asdict(entry) for name, entry in entries.items()}, file, indent=1)
     sync(path.parent)
 
 

@@ -1,6 +1,7 @@
 """What the settings say about a training, in numbers: batches, precision, optimizer and schedule. Checked before anything is built."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, cast
 
@@ -18,6 +19,8 @@ OPTIMIZERS: dict[str, OptimizerKind] = {
     "lion": "lion",
     "sgd": "sgd",
 }
+PARAMETERS = {"lr": (1, math.inf), "betas": (2, 1.0), "eps": (1, math.inf), "momentum": (1, 1.0), "weight_decay": (1, math.inf)}
+"""Parameters of optimizers: how many numbers each is, from 0 up to what."""
 LOSS_SCALE = {"loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis", "consecutive_hysteresis", "min_loss_scale"}
 """Keys of fp16 that DeepSpeed knows; files of NeoX hold others, and it would refuse them."""
 DTYPES = {"fp16": torch.float16, "bfloat16": torch.bfloat16, "fp32": torch.float32}
@@ -76,6 +79,9 @@ def recipe_of(config: RunConfig, layout: Layout, *, device: str) -> Recipe:
     """The recipe for training on this layout, of train_iters steps. Raises ConfigError for what is missing, contradictory or not built."""
     training = config.training
     optimizer, peak = optimizer_of(config)
+    if training.min_lr > peak:
+        lr = f"the optimizer's lr is {peak:g} ({config.where('optimizer')})"
+        raise ConfigError(f"min_lr is {training.min_lr:g} ({config.where('min_lr')}), and {lr}, but rates fall from lr to min_lr; lower min_lr, or raise lr")
     steps = training.train_iters or 1
     for key in ("hidden_dropout", "attention_dropout"):
         if getattr(config.model, key):
@@ -128,18 +134,31 @@ def optimizer_of(config: RunConfig) -> tuple[OptimizerRecipe, float]:
     if kind is None:
         raise ConfigError(f"optimizer type {name} ({where}) is not built; use Adam, Lion or SGD")
     params = stated.get("params", {})
-    if not isinstance(params, Mapping) or not isinstance(params.get("lr"), int | float):
+    if not isinstance(params, Mapping) or params.get("lr") is None:
         raise ConfigError(f"the optimizer's learning rate is not set ({where}); write optimizer: {{type: Adam, params: {{lr: 1.0e-5}}}}")
-    known = {"lr", "betas", "eps", "momentum", "weight_decay"}
-    if strange := sorted(map(str, params.keys() - known)):
-        raise ConfigError(f"optimizer params {', '.join(strange)} ({where}) are not known; known are {', '.join(sorted(known))}")
-    betas = params.get("betas", (0.9, 0.99) if kind == "lion" else (0.9, 0.999))
-    decay, eight_bit = float(params.get("weight_decay", config.training.weight_decay)), config.training.use_bnb_optimizer
+    for what, found, known in (("optimizer", stated, {"type", "params", "legacy_fusion"}), ("optimizer params", params, PARAMETERS)):
+        if strange := sorted(map(str, found.keys() - known)):
+            raise ConfigError(f"{what} {', '.join(strange)} ({where}) are not known; known are {', '.join(sorted(known))}")
+    eight_bit = config.training.use_bnb_optimizer
     if eight_bit and kind != "adam":
         raise ConfigError(f"use_bnb_optimizer is true ({config.where('use_bnb_optimizer')}), and optimizer type is {name} ({where}); it goes with Adam only")
-    eps, momentum = float(params.get("eps", 1e-8)), float(params.get("momentum", 0.0))
-    recipe = OptimizerRecipe(kind, (float(betas[0]), float(betas[1])), eps, momentum, decay, eight_bit)
-    return recipe, float(params["lr"])
+    usual = {"betas": (0.9, 0.99) if kind == "lion" else (0.9, 0.999), "eps": 1e-8, "momentum": 0.0, "weight_decay": config.training.weight_decay}
+    lr, betas, eps, momentum, decay = (_numbers(key, {**usual, **params}[key], where) for key in PARAMETERS)
+    return OptimizerRecipe(kind, (betas[0], betas[1]), eps[0], momentum[0], decay[0], eight_bit), lr[0]
+
+
+def _numbers(key: str, value: object, where: str) -> list[float]:
+    """The numbers that a parameter of an optimizer consists of."""
+    count, bound = PARAMETERS[key]
+    parts = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    try:
+        numbers = [math.nan if isinstance(part, bool) else float(cast(float, part)) for part in parts]
+    except (TypeError, ValueError):
+        numbers = []
+    if len(numbers) != count or not all(0 <= number < bound for number in numbers):
+        needed = "a number of at least 0" if count == 1 else f"{count} numbers of at least 0"
+        raise ConfigError(f"optimizer.params.{key} is {value!r} ({where}); it needs {needed}{f' and below {bound:g}' if bound < math.inf else ''}")
+    return numbers
 
 
 def _dtype(config: RunConfig, device: str) -> torch.dtype:

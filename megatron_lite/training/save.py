@@ -19,8 +19,9 @@ from megatron_lite.log import logger
 from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.training.engine import Engine
 from megatron_lite.training.folders import DRAFT, delete, fresh_folder, put_in_place, step_of
-from megatron_lite.training.manifest import NAME, Entry, entry_of, read_entries, sync, write_entries
+from megatron_lite.training.manifest import NAME, Entry, entry_of, read_entries, write_entries
 from megatron_lite.training.state import read_layers
+from megatron_lite.whole import sync
 
 STATE = "training.json"
 PATIENCE = 1800.0  # seconds in which the slowest rank must have written its files
