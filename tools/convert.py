@@ -40,7 +40,7 @@ def main(words: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; a conversion that is not complete is called .partial, and the same command begins it anew", file=sys.stderr)
+        print("stopped; nothing is kept of a conversion that is not complete, and the same command begins it anew", file=sys.stderr)
         return 130
     return 0
 

@@ -15,6 +15,7 @@ Format = Literal["neox", "sequential", "huggingface", "mesh-transformer"]
 
 LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
 SHARD, STEP, ARRAYS = re.compile(r"shard_(\d+)"), re.compile(r"step_(\d+)"), re.compile(r"(\d+)\.npz")  # of mesh-transformer-jax
+STEPS = re.compile(r"(global_step|step_)\d+")
 RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 
 
@@ -107,7 +108,7 @@ def _latest(folder: Path) -> str:
 
 
 def _steps(folder: Path) -> str:
-    steps = sorted((path.name for path in (*folder.glob("global_step*"), *folder.glob("step_*")) if path.is_dir()), key=lambda name: (len(name), name))
+    steps = sorted((path.name for path in folder.iterdir() if STEPS.fullmatch(path.name) and path.is_dir()), key=lambda name: (len(name), name))
     return f"the steps there are: {', '.join(steps)}" if steps else ""
 
 
