@@ -279,6 +279,13 @@ def test_a_tokenizer_that_is_not_there_is_missed_aloud(tmp_path: Path, capsys: p
     assert "no tokenizer goes along" not in capsys.readouterr().err
 
 
+def test_a_tokenizer_that_was_named_and_is_no_file_is_told_before_anything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny, config = (Path(__file__).parents[1] / each for each in ("checkpoints/tiny", "configs/tiny.yml"))
+    assert main([str(tiny), str(tmp_path / "hf"), "--to", "huggingface", "--config", str(config), "--tokenizer", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"--tokenizer {tmp_path} is no file; ")
+    assert not list(tmp_path.iterdir())
+
+
 def test_layer_files_without_a_yaml_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_random(tmp_path / "start", SMALL, tp=1)
     assert main([str(tmp_path / "start"), str(tmp_path / "hf"), "--to", "huggingface"]) == 2
