@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from typing import cast
 
 from launcher.plan import Demand
+from megatron_lite.checkpoint.config_json import check_config
 from megatron_lite.checkpoint.find import check_numbers, find_checkpoint
 from megatron_lite.config.sections import RunConfig
 from megatron_lite.data.jsonl import check_writable
@@ -13,6 +14,7 @@ from megatron_lite.data.prompts import Prompt, read_prompts
 from megatron_lite.data.task_data import TASK_DATA, data_folder, require, task_names
 from megatron_lite.data.tokenizer import load_tokenizer
 from megatron_lite.errors import CheckpointError, ConfigError, DataError
+from megatron_lite.models.spec import spec_of
 from megatron_lite.parallel.layout import stage_numbers
 
 COUNTED = 16
@@ -22,11 +24,13 @@ Check = Callable[[RunConfig], None]
 
 
 def check_checkpoint(config: RunConfig) -> None:
-    """Whether the checkpoint and every layer file of it are there."""
+    """Whether the checkpoint and every file of it are there, and its names or its config.json tell of the configuration's model."""
     if config.checkpoint.load is None:
         raise CheckpointError("load is not set; it names the folder of the checkpoint to read, write load=FOLDER or set it in a configuration file")
     checkpoint = find_checkpoint(config.checkpoint.load, iteration=config.checkpoint.iteration)
     numbers = stage_numbers(config.model.num_layers, 1)[0]
+    if checkpoint.format == "huggingface":
+        check_config(checkpoint.folder, spec_of(config.model, vocab=0, dtype="float32"))
     check_numbers(checkpoint, numbers if config.model.no_weight_tying else numbers[:-1], layers=config.model.num_layers)
 
 

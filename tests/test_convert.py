@@ -15,7 +15,7 @@ from megatron_lite.checkpoint.convert import Model, to_huggingface, to_neox
 from megatron_lite.checkpoint.find import CheckpointLayout, find_checkpoint
 from megatron_lite.checkpoint.load import open_source
 from megatron_lite.config.load import load_config
-from megatron_lite.errors import OutputError
+from megatron_lite.errors import CheckpointError, OutputError
 from megatron_lite.models.architecture import architecture_named
 from megatron_lite.models.spec import ModelSpec
 from megatron_lite.parallel.mesh import single_mesh
@@ -115,7 +115,7 @@ def test_summed_biases_are_exact_to_one_rounding(tmp_path: Path) -> None:
             torch.testing.assert_close(tensor.double(), terms[0] + terms[1], atol=0, rtol=2**-24)
 
 
-def test_an_interrupted_conversion_leaves_nothing_that_looks_complete(tmp_path: Path) -> None:
+def test_an_interrupted_conversion_leaves_no_file(tmp_path: Path) -> None:
     layout = write_random(tmp_path / "start", SMALL, tp=1)
 
     def stop(count: int) -> None:
@@ -123,11 +123,18 @@ def test_an_interrupted_conversion_leaves_nothing_that_looks_complete(tmp_path: 
 
     with pytest.raises(KeyboardInterrupt):
         to_huggingface(model_of(layout, SMALL), tmp_path / "hf", dtype=torch.float32, extra={}, progress=stop)
-    assert not (tmp_path / "hf").exists()
     with pytest.raises(KeyboardInterrupt):
         to_neox(model_of(layout, SMALL), tmp_path / "neox", tp=2, step=3, dtype=torch.float32, progress=stop)
-    assert [path.name for path in (tmp_path / "neox").iterdir()] == ["global_step3.partial"]
-    assert neox(layout, SMALL, tmp_path / "neox", tp=2).tp == 2, "the same command again does it"
+    assert {path.name for path in tmp_path.iterdir()} == {"start", "neox"}
+    assert not list((tmp_path / "neox").iterdir())
+
+
+def test_what_a_killed_conversion_leaves_is_no_step_and_the_same_command_again_replaces_it(tmp_path: Path) -> None:
+    layout = write_random(tmp_path / "start", SMALL, tp=1)
+    shutil.copytree(layout.folder, tmp_path / "neox" / "global_step3.partial")
+    with pytest.raises(CheckpointError, match="neox holds no checkpoint: no file `latest`, no folder global_stepN, no weights"):
+        find_checkpoint(tmp_path / "neox")
+    assert neox(layout, SMALL, tmp_path / "neox", tp=2).tp == 2
     assert {path.name for path in (tmp_path / "neox").iterdir()} == {"global_step3", "latest"}
 
 
@@ -272,6 +279,13 @@ def test_a_tokenizer_that_is_not_there_is_missed_aloud(tmp_path: Path, capsys: p
     assert "no tokenizer goes along" not in capsys.readouterr().err
 
 
+def test_a_tokenizer_that_was_named_and_is_no_file_is_told_before_anything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny, config = (Path(__file__).parents[1] / each for each in ("checkpoints/tiny", "configs/tiny.yml"))
+    assert main([str(tiny), str(tmp_path / "hf"), "--to", "huggingface", "--config", str(config), "--tokenizer", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"--tokenizer {tmp_path} is no file; ")
+    assert not list(tmp_path.iterdir())
+
+
 def test_layer_files_without_a_yaml_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_random(tmp_path / "start", SMALL, tp=1)
     assert main([str(tmp_path / "start"), str(tmp_path / "hf"), "--to", "huggingface"]) == 2
@@ -290,5 +304,5 @@ def test_a_conversion_can_be_stopped_and_says_so(tmp_path: Path, capsys: pytest.
     with monkeypatch.context() as interrupted:
         interrupted.setattr(torch, "save", lambda *_: signal.raise_signal(signal.SIGINT))
         assert main(words) == 130
-    assert capsys.readouterr().err.endswith("stopped; a conversion that is not complete is called .partial, and the same command begins it anew\n")
+    assert capsys.readouterr().err.endswith("stopped; nothing is kept of a conversion that is not complete, and the same command begins it anew\n")
     assert main(words) == 0

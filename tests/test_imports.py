@@ -35,6 +35,7 @@ MAY_IMPORT = {
         "models.spec",
         "models.memory",
         "models.training_memory",
+        "checkpoint.config_json",
         "checkpoint.find",
         "data.tokenizer",
         "data.prompts",

@@ -1,5 +1,6 @@
 """deepy from its command line to its exit code: what is checked before anything starts, what --dry-run says, and one job from end to end."""
 
+import json
 import os
 import resource
 import signal
@@ -124,6 +125,27 @@ def test_what_is_wrong_is_told_in_one_sentence_before_anything_starts(line: str,
     said = capfd.readouterr().err
     assert said.startswith(sentence)
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [
+        ("gpt_neox", "hf lacks model-2.safetensors, which its index names (1 missing); fetch the files again\n"),
+        ("llama", "hf/config.json is of a llama model; the configuration describes neox (gpt_neox): name the YAML of this model, or its own folder\n"),
+    ],
+)
+def test_a_hugging_face_folder_that_is_incomplete_or_of_another_model_starts_nothing(
+    kind: str, sentence: str, folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "hf").mkdir()
+    (folder / "hf" / "config.json").write_text(json.dumps({"model_type": kind, "hidden_size": 64}))
+    (folder / "hf" / "model-1.safetensors").touch()
+    there = {"gpt_neox.embed_in.weight": "model-1.safetensors"}
+    lost = {"embed_out.weight": "model-2.safetensors"} if kind == "gpt_neox" else {}
+    (folder / "hf" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": there | lost}))
+    assert main(["generate", "small", "load=hf"]) == 2
+    assert capfd.readouterr().err == sentence
+    assert not (folder / "logs").exists()
 
 
 def test_everything_that_is_wrong_is_told_together(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_lite.checkpoint.adapters import find_adapters
 from megatron_lite.checkpoint.find import find_checkpoint
+from megatron_lite.checkpoint.merged import merged_beside
 from megatron_lite.config.load import load_config
 from megatron_lite.errors import UserError
 from megatron_lite.parallel.layout import Layout
@@ -156,6 +157,15 @@ def resaved(step: Path, folder: Path, *, factor: float = 1.0) -> Path:
     config = json.loads((step / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "elsewhere", "inference_mode": False}))
     return folder
+
+
+def test_a_training_of_all_weights_keeps_the_record_of_merged_adapters_in_every_checkpoint(run: Path, tmp_path: Path) -> None:
+    merged, out = tmp_path / "merged", tmp_path / "out"
+    assert convert([str(run.parent / "base"), str(merged), "--to", "neox", "--config", str(run), "--lora", str(run.parent / "out")]) == 0
+    for step, load in ((1, merged), (2, out)):
+        assert trained(run, lora="null", lora_load="null", load=str(load), save=str(out), finetune=step == 1, train_iters=step) == [None]
+    (known,) = merged_beside(find_checkpoint(merged).folder)
+    assert [merged_beside(out / f"global_step{step}") for step in (1, 2)] == [(known,), (known,)]
 
 
 def test_a_damaged_record_of_merged_adapters_is_named(run: Path, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def main(words: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; a conversion that is not complete is called .partial, and the same command begins it anew", file=sys.stderr)
+        print("stopped; nothing is kept of a conversion that is not complete, and the same command begins it anew", file=sys.stderr)
         return 130
     return 0
 
@@ -65,6 +65,8 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
 def convert(options: argparse.Namespace) -> None:
     layout = find_checkpoint(options.source, iteration=options.iteration)
     (refuse_mixture if options.to == "neox" else refuse_filled)(options.target)
+    if options.tokenizer and not options.tokenizer.is_file():
+        raise ConfigError(f"--tokenizer {options.tokenizer} is no file; name the tokenizer's JSON, or leave it out to take the YAML's vocab_file")
     config = load_config([options.config]) if options.config else None
     spec = spec_of_source(layout, config)
     check_cut(Layout(tp=options.model_parallel_size), heads=spec.heads, kv_heads=spec.kv_heads, ffn=spec.ffn, layers=spec.layers)

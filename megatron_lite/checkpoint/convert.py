@@ -143,10 +143,10 @@ def _names(folder: Path) -> list[str]:
 
 @contextmanager
 def appearing(folder: Path) -> Iterator[Path]:
-    """A folder to write into that gets its name only when all is written; what an interruption leaves is called .partial."""
+    """A folder to write into that gets its name only when all is written. Else it goes; what a killed process leaves is called .partial."""
     partial = folder.with_name(folder.name + ".partial")
+    refuse_filled(folder)
     try:
-        refuse_filled(folder)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
@@ -157,6 +157,8 @@ def appearing(folder: Path) -> Iterator[Path]:
         reason = getattr(error, "strerror", None) or error
         advice = "choose another folder" if isinstance(error, PermissionError) else "free some space or choose another folder"
         raise OutputError(f"{partial} cannot be written: {reason}; {advice}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _single(rule: Rule) -> Rule:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from megatron_lite.checkpoint.index import HUGGINGFACE_FILES, index_of
 from megatron_lite.checkpoint.unfinished import refuse_unfinished
 from megatron_lite.errors import CheckpointError
 
@@ -14,8 +15,8 @@ Format = Literal["neox", "sequential", "huggingface", "mesh-transformer"]
 
 LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
 SHARD, STEP, ARRAYS = re.compile(r"shard_(\d+)"), re.compile(r"step_(\d+)"), re.compile(r"(\d+)\.npz")  # of mesh-transformer-jax
+STEPS = re.compile(r"(global_step|step_)\d+")
 RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
-HUGGINGFACE_FILES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ def _find(folder: Path, iteration: int | None) -> CheckpointLayout:
     names = _names(folder)
     refuse_unfinished(folder)
     if iteration is None and "config.json" in names and not names.isdisjoint(HUGGINGFACE_FILES):
+        index_of(folder)  # raises where one is missing
         return CheckpointLayout("huggingface", folder, "", 1, ())
     if iteration is None and any(LAYER_FILE.fullmatch(name) or RANK_FILE.fullmatch(name) for name in names):
         return _neox(folder, folder.name)
@@ -106,7 +108,7 @@ def _latest(folder: Path) -> str:
 
 
 def _steps(folder: Path) -> str:
-    steps = sorted((path.name for path in (*folder.glob("global_step*"), *folder.glob("step_*")) if path.is_dir()), key=lambda name: (len(name), name))
+    steps = sorted((path.name for path in folder.iterdir() if STEPS.fullmatch(path.name) and path.is_dir()), key=lambda name: (len(name), name))
     return f"the steps there are: {', '.join(steps)}" if steps else ""
 
 

@@ -8,8 +8,9 @@ from typing import cast
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_lite.checkpoint.config_json import check_config, read_json
+from megatron_lite.checkpoint.config_json import check_config
 from megatron_lite.checkpoint.find import CheckpointLayout
+from megatron_lite.checkpoint.index import index_of
 from megatron_lite.checkpoint.pickled import open_pickled
 from megatron_lite.checkpoint.source import Shards
 from megatron_lite.checkpoint.unopened import unopened
@@ -98,14 +99,5 @@ class _Safetensors(Mapping[str, Tensor]):
 
 def _index(folder: Path) -> dict[str, Path]:
     """Stored name -> file."""
-    for kind in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / f"{kind}.index.json").exists():
-            files = read_json(folder / f"{kind}.index.json").get("weight_map")
-            if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
-                raise CheckpointError(f"{folder / kind}.index.json has no weight_map from names to files; fetch it again")
-            if missing := sorted({file for file in files.values() if not (folder / file).exists()}):
-                raise CheckpointError(f"{folder} lacks {', '.join(missing[:3])}, which its index names ({len(missing)} missing); fetch the files again")
-            return {name: folder / file for name, file in files.items()}
-        if (path := folder / kind).exists():
-            return dict.fromkeys(_open(path), path)
-    raise CheckpointError(f"{folder} holds no weights")
+    files = index_of(folder)
+    return files if isinstance(files, dict) else dict.fromkeys(_open(files), files)

@@ -38,10 +38,12 @@ def merged_beside(folder: Path) -> tuple[Merged, ...]:
         raise CheckpointError(f"{path} is not what tools/convert.py --lora wrote; fetch it again, or convert again") from None
 
 
-def write_merged(folder: Path, merged: Sequence[Merged]) -> None:
-    """Writes the record where there is something to say."""
-    if merged:
-        (folder / RECORD).write_text(json.dumps({"adapters": [asdict(each) for each in merged]}, indent=2) + "\n", encoding="utf-8")
+def write_merged(folder: Path, merged: Sequence[Merged]) -> list[Path]:
+    """Writes the record where there is something to say, and returns what it wrote."""
+    if not merged:
+        return []
+    (folder / RECORD).write_text(json.dumps({"adapters": [asdict(each) for each in merged]}, indent=2) + "\n", encoding="utf-8")
+    return [folder / RECORD]
 
 
 def refuse_again(fingerprint: str, folder: Path, source: Source) -> None:

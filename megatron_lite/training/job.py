@@ -10,6 +10,7 @@ from uuid import uuid4
 
 from torch import nn
 
+from megatron_lite.checkpoint.merged import merged_in
 from megatron_lite.config.sections import LoggingSection, RunConfig
 from megatron_lite.config.show import settings
 from megatron_lite.log import logger
@@ -20,7 +21,7 @@ from megatron_lite.training.engine import Engine
 from megatron_lite.training.folders import step_of
 from megatron_lite.training.lora import adapters_of
 from megatron_lite.training.samples import FILE as SAMPLES
-from megatron_lite.training.save import WHOLE_MODEL, Progress, Retention, Saver
+from megatron_lite.training.save import Progress, Retention, Saver, WholeModel
 from megatron_lite.training.start import Training
 
 LOGS = Path("logs")
@@ -58,7 +59,7 @@ def saver_for(training: Training) -> "Saver | Nowhere":
     retention = Retention(section.keep_last_n_checkpoints, section.extra_save_iters or ())
     kind, folder = (Trial, section.save / CHECK) if training.config.training.check else (Saver, section.save)
     lora, run = training.config.training.lora, training.run
-    contents = adapters_of(run, lora) if run and lora else WHOLE_MODEL
+    contents = adapters_of(run, lora) if run and lora else WholeModel(merged_in(run.source) if run else ())
     return kind(folder, training.mesh, retention, configs=training.config.files, contents=contents, with_optimizer=not section.no_save_optim)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from megatron_lite.checkpoint.find import CheckpointLayout
+from megatron_lite.checkpoint.merged import Merged, write_merged
 from megatron_lite.checkpoint.write import name_latest, save
 from megatron_lite.errors import OutputError
 from megatron_lite.log import logger
@@ -63,14 +64,17 @@ class Contents(Protocol):
         ...
 
 
+@dataclass(frozen=True)
 class WholeModel:
-    """All weights, as NeoX writes them."""
+    """All weights, as NeoX writes them, and which adapters they held before they were trained: these must not be added again."""
+
+    merged: tuple[Merged, ...] = ()
 
     def weights_file(self, layout: CheckpointLayout, number: int, part: int) -> Path:
         return layout.layer_file(number, part)
 
     def complete(self, draft: Path) -> list[Path]:
-        return []
+        return write_merged(draft, self.merged)
 
 
 WHOLE_MODEL = WholeModel()
