@@ -19,6 +19,7 @@ from megatron_lite.errors import CheckpointError, OutputError
 from megatron_lite.models.architecture import architecture_named
 from megatron_lite.models.spec import ModelSpec
 from megatron_lite.parallel.mesh import single_mesh
+from tests.disks import no_file_beyond
 from tests.models import SMALL, logits, write_random
 from tests.test_families import SPECS, stage_of, twin, write_layer_files
 from tools.convert import copy_tokenizer, main, tokenizer_files
@@ -306,3 +307,10 @@ def test_a_conversion_can_be_stopped_and_says_so(tmp_path: Path, capsys: pytest.
         assert main(words) == 130
     assert capsys.readouterr().err.endswith("stopped; nothing is kept of a conversion that is not complete, and the same command begins it anew\n")
     assert main(words) == 0
+
+
+def test_what_a_full_disk_does_not_take_is_said_to_be_that(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny, config = (Path(__file__).parents[1] / each for each in ("checkpoints/tiny", "configs/tiny.yml"))
+    with no_file_beyond(10_000):
+        assert main([str(tiny), str(tmp_path / "new"), "--to", "neox", "--config", str(config)]) == 2
+    assert "model_states.pt cannot be written: no space is left on the disk; free some space or choose another folder" in capsys.readouterr().err

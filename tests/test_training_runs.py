@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -51,6 +52,14 @@ def test_a_training_learns_reports_under_neox_names_and_saves(tmp_path: Path, ca
     assert "new weights: steps 1 to 6 on pipe 1 x model 1, float32, ZeRO 1" in said
     assert "trained 6 steps, 768 tokens, in " in said
     assert f"saved in {tmp_path / 'out'}" in said
+
+
+@pytest.mark.parametrize(("do_valid", "do_test", "verbs"), [(None, None, ["validate"]), (True, True, ["validate", "test"]), (False, False, [])])
+def test_data_that_are_asked_for_and_not_there_are_missed_aloud(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], do_valid: bool | None, do_test: bool | None, verbs: list[str]
+) -> None:
+    assert trained(write_training(tmp_path, split="1", train_iters=1, do_valid=do_valid, do_test=do_test)) == [None]
+    assert re.findall(r"there are no data to (\w+) on: ", capfd.readouterr().err) == verbs
 
 
 @pytest.mark.parametrize("layout", [Layout(pp=2), pytest.param(Layout(dp=2), marks=pytest.mark.slow), Layout(tp=2)], ids=str)

@@ -11,6 +11,9 @@ from megatron_lite.checkpoint.find import CheckpointLayout
 from megatron_lite.errors import OutputError
 from megatron_lite.whole import whole_file
 
+CUT_SHORT = ("No space", "file write failed", "unexpected pos")
+"""What torch says of a file that did not get all of its bytes."""
+
 
 def step_folder(folder: Path, step: int, *, tp: int) -> CheckpointLayout:
     """Makes folder/global_stepN, to be filled with files cut for `tp` ranks."""
@@ -35,7 +38,7 @@ def save(content: object, path: Path) -> None:
         partial.replace(path)
     except (OSError, RuntimeError) as error:
         partial.unlink(missing_ok=True)
-        full = (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space" in str(error) or "file write failed" in str(error)
+        full = (isinstance(error, OSError) and error.errno == errno.ENOSPC) or any(sign in str(error) for sign in CUT_SHORT)
         raise OutputError(f"{path} cannot be written: {'no space is left on the disk' if full else error}; free some space or choose another folder") from None
 
 

@@ -140,8 +140,17 @@ def announce(training: Training, engine: Engine) -> None:
         logger.info(
             f"low-rank adapters of rank {lora.rank}, alpha {lora.alpha:g} on {', '.join(lora.targets)} ({begun}); {frozen:,} parameters are frozen{held}"
         )
-    if not training.data.parts["valid"] and training.config.training.eval_interval is not None:
-        logger.info("there are no data to validate on: split leaves no document for it, or valid_data_paths is not set")
+    _miss_data(training)
+
+
+def _miss_data(training: Training) -> None:
+    """Says for what there are no data, though the settings ask for it."""
+    section, parts = training.config.training, training.data.parts
+    missing = "there are no data to {} on: split leaves no document for it, or {}_data_paths is not set"
+    if section.do_valid is not False and section.eval_interval is not None and not parts["valid"]:
+        logger.info(missing.format("validate", "valid"))
+    if section.do_test and not parts["test"]:
+        logger.info(missing.format("test", "test"))
 
 
 def _size(parameter: nn.Parameter) -> int:
