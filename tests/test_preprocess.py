@@ -49,6 +49,14 @@ def test_zstandard_is_read_in_several_frames(tmp_path: Path) -> None:
     assert texts(made(place(tmp_path / "a.jsonl.zst", content + content))[0].prefix) == ["one", "one"]
 
 
+@pytest.mark.parametrize("frames", [0, 1])
+def test_a_zstandard_file_that_is_cut_short_is_no_shorter_text(tmp_path: Path, frames: int) -> None:
+    zstandard = pytest.importorskip("zstandard", reason="zstandard is optional")
+    whole = zstandard.compress("".join(f"{number}\n" for number in range(300_000)).encode())
+    with pytest.raises(DataError, match=r"a.txt.zst cannot be read \(it ends before the end of what was compressed\); it is damaged"):
+        made(place(tmp_path / "a.txt.zst", frames * whole + whole[: len(whole) // 2]))
+
+
 def test_without_zstandard_a_sentence_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "zstandard", None)
     with pytest.raises(DataError, match=r"a.jsonl.zst is compressed with zstandard, which is not installed; run: pip install zstandard"):

@@ -9,9 +9,12 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, TypeVar, cast
+from typing import TYPE_CHECKING, BinaryIO, TypeVar, cast
 
 from megatron_lite.errors import DataError
+
+if TYPE_CHECKING:
+    from zstandard import ZstdDecompressionObj
 
 T = TypeVar("T", str, bytes)
 
@@ -133,7 +136,35 @@ def _zstandard(raw: BinaryIO) -> BinaryIO:
         import zstandard
     except ImportError as error:
         raise DataError(f"{raw.name} is compressed with zstandard, which is not installed; run: pip install zstandard") from error
-    return cast(BinaryIO, io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)))
+    return cast(BinaryIO, io.BufferedReader(_Frames(raw, zstandard.ZstdDecompressor().decompressobj)))
+
+
+class _Frames(io.RawIOBase):
+    """Frame after frame. Raises EOFError where the file ends within one, which zstandard's own reader takes for the end of the text."""
+
+    def __init__(self, raw: BinaryIO, begin: "Callable[[], ZstdDecompressionObj]") -> None:
+        self._raw, self._begin = raw, begin
+        self._frame: ZstdDecompressionObj | None = None
+        self._text = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        while not self._text and (data := self._raw.read(PIECE)):
+            self._text = memoryview(b"".join(self._parts(data)))
+        if not self._text and self._frame and not self._frame.eof:
+            raise EOFError("it ends before the end of what was compressed")
+        count = min(len(buffer), len(self._text))
+        buffer[:count], self._text = self._text[:count], self._text[count:]
+        return count
+
+    def _parts(self, data: bytes) -> Iterator[bytes]:
+        while data:
+            if self._frame is None or self._frame.eof:
+                self._frame = self._begin()
+            yield self._frame.decompress(data)
+            data = self._frame.unused_data if self._frame.eof else b""
 
 
 OPENERS: dict[str, Callable[[BinaryIO], BinaryIO]] = {
