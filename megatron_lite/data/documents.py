@@ -150,8 +150,7 @@ class _Frames(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    # BufferedReader hands over nothing but a memoryview
-    def readinto(self, buffer: memoryview) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def readinto(self, buffer: memoryview) -> int:
         while not self._text and (data := self._raw.read(PIECE)):
             self._text = memoryview(b"".join(self._parts(data)))
         if not self._text and self._frame and not self._frame.eof:
