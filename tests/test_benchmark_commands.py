@@ -102,6 +102,7 @@ def test_loading_writes_a_checkpoint_where_there_is_none_and_reads_it_cold_and_w
     assert [row[0] for row in table(capsys, *words, "--no-cold")][2:] == ["load, files in the page cache"]
 
 
+@pytest.mark.slow
 def test_transformers_is_measured_beside_us(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = table(capsys, "decode", *TINY, *peer(), "--batch", "2", "--context", "40", "--steps", "6", "--compile", "1")
     assert [row[1] for row in rows[3:]] == ["deepy", "transformers, eager", "transformers, static cache and torch.compile"]
