@@ -44,8 +44,6 @@ def test_it_learns_nearly_as_adam_does_with_a_quarter_of_the_memory(layout: Layo
 def test_a_training_that_was_stopped_goes_on_bit_by_bit_as_the_one_that_saved_then(tmp_path: Path) -> None:
     needs_bitsandbytes()
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    for folder in (whole, parts):
-        folder.mkdir()
     assert trained(write_training(whole, **EIGHT_BIT)) == [None]
     config = write_training(parts, load=str(parts / "out"), **EIGHT_BIT)
     assert trained(config, exit_interval=3) == [None]

@@ -55,8 +55,6 @@ def rank_of(pid: str) -> int:
 
 def test_killed_at_ten_moments_it_always_goes_on_with_the_same_losses(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    for folder in (whole, killed):
-        folder.mkdir()
     settings = {"train_iters": 40, "checkpoint_factor": 1, "keep_last_n_checkpoints": 2, "eval_interval": 100}
     process = start(write_training(whole, **settings))
     assert process.wait(timeout=300) == 0

@@ -68,8 +68,6 @@ def test_a_full_disk_ends_the_training_with_the_name_of_the_file(tmp_path: Path)
 
 def test_after_a_full_disk_the_last_checkpoint_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    for folder in (whole, parts):
-        folder.mkdir()
     trained(write_training(whole))
     config = write_training(parts, load=str(parts / "out"), checkpoint_factor=2)
     assert trained(config, exit_interval=2) == [None]

@@ -73,8 +73,6 @@ def test_the_layout_changes_nothing_of_what_is_seen_and_learned(tmp_path: Path, 
 
 def test_a_training_that_was_stopped_goes_on_bit_by_bit(tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    for folder in (whole, parts):
-        folder.mkdir()
     trained(write_training(whole))
     config = write_training(parts, load=str(parts / "out"))
     assert trained(config, exit_interval=2) == [None]
@@ -86,8 +84,6 @@ def test_a_training_that_was_stopped_goes_on_bit_by_bit(tmp_path: Path) -> None:
 
 def test_a_step_that_is_taken_again_stands_once_in_the_metrics_and_in_the_same_curve(tmp_path: Path) -> None:
     whole, again = tmp_path / "whole", tmp_path / "again"
-    for folder in (whole, again):
-        folder.mkdir()
     trained(write_training(whole))
     config = write_training(again, load=str(again / "out"), checkpoint_factor=2)
     assert trained(config, exit_interval=5) == [None]

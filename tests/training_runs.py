@@ -46,7 +46,8 @@ def write_texts(folder: Path) -> Path:
 
 
 def write_training(folder: Path, **settings: object) -> Path:
-    """The configuration file of a training that saves into folder/out."""
+    """The configuration file of a training that saves into folder/out; the folder is made where there is none."""
+    folder.mkdir(exist_ok=True)
     stated = {**SMALL_TRAINING, "data_path": str(write_texts(folder)), "save": str(folder / "out"), **settings}
     path = folder / "train.yml"
     path.write_text(yaml.safe_dump({key: value for key, value in stated.items() if value is not None}), encoding="utf-8")

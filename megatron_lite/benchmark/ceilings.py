@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_lite.benchmark.bench import release
 from megatron_lite.benchmark.clock import median_seconds, seconds_a_call
 from megatron_lite.benchmark.table import Row
 from megatron_lite.models.spec import BYTES, ModelSpec
@@ -31,8 +32,7 @@ class Ceilings:
     @classmethod
     def of(cls, device: torch.device, dtype: torch.dtype) -> "Ceilings":
         stream = read_only(device) if device.type == "cuda" and find_spec("triton") else read_stream(device, dtype)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()  # or what the matrix library keeps would lie in that block of memory, which then could not be given back
+        release(device)  # or what the matrix library keeps would lie in that block of memory, which then could not be given back
         product = matrix_product(device, dtype)
         return cls(stream, product, lasting_product(device, dtype, product))
 

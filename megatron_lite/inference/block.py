@@ -86,25 +86,21 @@ class FusedBlock:
 
     def heads(self, normed: Tensor) -> Tensor:
         """Queries, keys and values [s (h 3 d)] of any number of tokens [c s d], by the library."""
-        return columns(copies(normed, 0, self.norms.copies[0]), self._whole_first(0, normed.dtype), self.first_bias[0])[0]
+        return columns(copies(normed, 0, self.norms.copies[0]), self._whole(self.first, self.first_scales, 0, normed.dtype), self.first_bias[0])[0]
 
     def inner(self, normed: Tensor) -> Tensor:
         """The MLP's inner states [s n] of the same."""
         states = copies(normed, self.norms.second, self.norms.copies[1])
-        return activated(states, self._whole_first(1, normed.dtype), self.first_bias[1], self.activation)
+        return activated(states, self._whole(self.first, self.first_scales, 1, normed.dtype), self.first_bias[1], self.activation)
 
     def combined(self, mixed: Tensor, inner: Tensor, bias: Tensor | None) -> Tensor:
         """This rank's term of what the block adds to the stream, by the library."""
-        expanded = F.linear(inner, self._whole_second(1, inner.dtype), bias)
-        return torch.addmm(expanded, mixed, self._whole_second(0, inner.dtype).t(), out=expanded)
+        expanded = F.linear(inner, self._whole(self.second, self.second_scales, 1, inner.dtype), bias)
+        return torch.addmm(expanded, mixed, self._whole(self.second, self.second_scales, 0, inner.dtype).t(), out=expanded)
 
-    def _whole_first(self, index: int, dtype: torch.dtype) -> Tensor:
-        """A matrix of the first product in the format of the states: until the next one is asked for, where it is held in 8 bits."""
-        return self.first[index] if self.first_scales is None else dequantized(self.first[index], self.first_scales[index], dtype, self.place)
-
-    def _whole_second(self, index: int, dtype: torch.dtype) -> Tensor:
-        """The same of the second product."""
-        return self.second[index] if self.second_scales is None else dequantized(self.second[index], self.second_scales[index], dtype, self.place)
+    def _whole(self, weights: tuple[Tensor, Tensor], scales: tuple[Tensor, Tensor] | None, index: int, dtype: torch.dtype) -> Tensor:
+        """One of two matrices in the format of the states: until the next one is asked for, where it is held in 8 bits."""
+        return weights[index] if scales is None else dequantized(weights[index], scales[index], dtype, self.place)
 
 
 def turn_of(rotary: Rotary, device: torch.device) -> Turn | None:
