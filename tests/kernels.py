@@ -18,7 +18,7 @@ from triton.runtime import interpreter
 from megatron_lite.benchmark import stream
 from megatron_lite.inference import fused
 from megatron_lite.inference.captured import CapturedStepper
-from megatron_lite.inference.kernels import attention, linear
+from megatron_lite.inference.kernels import attention, linear, packed
 from megatron_lite.inference.kernels.attention import Scratch, Turn, attend_pages
 from megatron_lite.inference.kernels.linear import Projection, Tiles, combine, project
 from megatron_lite.inference.kernels.norm import add_and_norm
@@ -125,6 +125,20 @@ def attending() -> None:
         assert not scratch.done.any()
 
 
+def packed_texts() -> None:
+    """Texts of any length in one row, whose programs take tokens of one of them or of several; grouped heads, of one width, of two, of two and a bit."""
+    for groups, size in ((4, 24), (2, 48), (1, 64)):
+        for way in (packed.Way(32, 16, 4, 2), packed.Way(16, 32, 4, 2)):
+            packed.way_for = lambda head_dim, tokens, texts, way=way: way
+            for lengths in ([1], [50], [33, 3, 40, 1, 18]):
+                query, key, value = (torch.randn(sum(lengths), count, size) for count in (4, groups, groups))
+                positions = torch.cat([torch.arange(length) for length in lengths])
+                found = packed.attend_packed((query, key, value), positions, len(lengths))
+                parts = zip(*(each.transpose(0, 1).split(lengths, 1) for each in (query, key, value)), strict=True)
+                expected = [F.scaled_dot_product_attention(*each, is_causal=True, enable_gqa=True) for each in parts]
+                near(found, torch.cat(expected, 1).transpose(0, 1), atol=1e-5, rtol=0)
+
+
 def stage_of(kind: str) -> tuple[Stage, ModelSpec]:
     """A small model whose norms differ between the ranks that saved it, where its kind has more than one copy."""
     if kind != "gptj":
@@ -169,7 +183,14 @@ def compare_steps(fast: CapturedStepper, plain: Stepper, kind: str) -> None:
             near(fast.cache.values[number][page, :, place], plain.cache.values[number][page, :, place], atol=1e-5, rtol=0)
 
 
-CLAIMS: dict[str, Callable[[], None]] = {"projections": projections, "norms": norms, "streams": streams, "attention": attending, "blocks": blocks}
+CLAIMS: dict[str, Callable[[], None]] = {
+    "projections": projections,
+    "norms": norms,
+    "streams": streams,
+    "attention": attending,
+    "packed": packed_texts,
+    "blocks": blocks,
+}
 
 if __name__ == "__main__":
     torch.manual_seed(0)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_lite.errors import CheckpointError, FitError
+from megatron_lite.inference import continuous
 from megatron_lite.inference.continuous import ContinuousDecoder
 from megatron_lite.inference.decoders import Load
 from megatron_lite.inference.paged import PAGE, FreePages, PagedCache, page_bytes, pages_for
@@ -90,6 +91,26 @@ def test_the_longest_rows_have_the_first_slots(stage: Stage) -> None:
 def test_few_pages_make_prompts_wait_and_change_nothing(stage: Stage) -> None:
     asked = requests(PROMPTS, maximum_tokens=25)
     assert told(serve(stage, asked, pages=4)) == told(complete(stage, asked, spec=SPEC))
+
+
+@pytest.mark.parametrize("pages", [20, 100], ids=["few pages", "pages enough"])
+@pytest.mark.parametrize("tokens", [8, 1], ids=["few tokens", "tokens enough"])
+def test_prompts_wait_until_a_sixteenth_of_the_rows_or_as_many_tokens_as_keep_a_gpu_busy_are_read_together(
+    stage: Stage, pages: int, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(continuous, "WORTH_A_PASS", 5 * tokens)
+    reads: list[int] = []
+
+    class Watched(Stepper):
+        def read(self, prompts: Sequence[Sequence[int]], pages: Sequence[Sequence[int]], rules: Rules) -> Arrival:
+            reads.append(len(prompts))
+            return super().read(prompts, pages, rules)
+
+    asked = [replace(request, sampling=replace(request.sampling, maximum_tokens=3 + request.id)) for request in requests(random_prompts([5] * 60))]
+    decoder = ContinuousDecoder(Watched(stage, SPEC, words=512, pages=pages), TOKENIZER, context=SPEC.max_positions, rows=48, tokens=100)
+    found = sorted(decoder.complete(asked), key=lambda completion: completion.request.id)
+    assert told(found) == told(complete(stage, asked, spec=SPEC))
+    assert min(reads[:-1]) == (1 if tokens == 1 else 3)
 
 
 def test_a_prompt_that_no_cache_can_hold_is_refused_before_anything_is_computed(stage: Stage) -> None:

@@ -55,6 +55,13 @@ def test_what_the_plan_calls_enough_is_enough_for_the_longest_text_and_to_read_i
     assert decoder.most_tokens == 1000
 
 
+def test_of_much_memory_the_cache_takes_all_but_what_reading_prompts_needs(
+    decoder_within: Callable[[int], ContinuousDecoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoders, "page_bytes", lambda spec, *, blocks, tp: 400_000_000)  # as a large model's
+    assert decoder_within(100 * 10**9).free.count == (100 * 10**9 - 3 * 2**30) // 400_000_000
+
+
 def test_without_memory_for_a_page_beside_reading_the_cache_is_refused(decoder_within: Callable[[int], ContinuousDecoder]) -> None:
     with pytest.raises(FitError, match=r"too little for a cache; spread the model over more GPUs"):
         decoder_within(CAPTURED + LEAST.activations)

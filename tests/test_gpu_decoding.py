@@ -56,14 +56,30 @@ def test_behind_the_warm_up_no_kernel_is_left_to_compile(tmp_path: Path, monkeyp
 
     from megatron_lite.inference.warm import warm_up
 
-    write_run(tmp_path, SPEC, tp=2, precision="fp16")
+    spec = replace(SPEC, max_positions=2048)
+    write_run(tmp_path, spec, tp=2, precision="fp16")
     run, compiled = prepare(load_config([tmp_path / "config.yml"], {}), single_mesh(GPU)), []
-    warm_up(run, rows=20, context=SPEC.max_positions).join()
+    warm_up(run, rows=20, context=spec.max_positions).join()
     monkeypatch.setattr(knobs.runtime, "jit_cache_hook", lambda **told: compiled.append(told["repr"]))
-    decoder = continuous_decoder(load_stage(run), run.spec, TOKENIZER, Load(SPEC.max_positions, 20))
-    asked = requests(random_prompts((30, 7, 400, 18, 64, *range(2, 60))), maximum_tokens=40)
+    decoder = continuous_decoder(load_stage(run), run.spec, TOKENIZER, Load(spec.max_positions, 20))
+    asked = requests(random_prompts((30, 7, 400, 18, 64, *range(2, 60))), maximum_tokens=40) + requests(random_prompts([1500]), maximum_tokens=4)
     assert len(list(decoder.complete(asked))) == len(asked)
     assert compiled == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("size", "groups"), [(64, 4), (80, 8), (96, 8), (128, 1), (256, 2)])
+@pytest.mark.parametrize("lengths", [[1500], [1, 700, 37, 64, 128, 5]], ids=["a long text", "texts"])
+def test_packed_texts_are_attended_to_as_each_by_itself(lengths: list[int], size: int, groups: int, dtype: torch.dtype) -> None:
+    from megatron_lite.inference.kernels.packed import attend_packed
+
+    query, key, value = (torch.randn(sum(lengths), count, size, dtype=dtype, device=GPU) for count in (8, groups, groups))
+    positions = torch.cat([torch.arange(length, device=GPU) for length in lengths])
+    found = attend_packed((query, key, value), positions, len(lengths))
+    texts = zip(*(each.float().transpose(0, 1).split(lengths, 1) for each in (query, key, value)), strict=True)
+    expected = torch.cat([F.scaled_dot_product_attention(*each, is_causal=True, enable_gqa=True) for each in texts], 1).transpose(0, 1)
+    error = {torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]  # of numbers of up to 4, and weights rounded to the format
+    torch.testing.assert_close(found.float(), expected, atol=error, rtol=error)
 
 
 @pytest.mark.parametrize("texts", [1, 4, 16, 80])

@@ -18,7 +18,7 @@ def ran(script: str, *words: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else done.stderr
 
 
-@pytest.mark.parametrize("claim", ["projections", "norms", "streams", "attention", "blocks"])
+@pytest.mark.parametrize("claim", ["projections", "norms", "streams", "attention", "packed", "blocks"])
 def test_a_kernel_computes_what_plain_arithmetic_does(claim: str) -> None:
     assert ran("kernels.py", claim) == "ok"
 

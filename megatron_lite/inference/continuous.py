@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import islice
 
 import numpy as np
 import torch
@@ -20,6 +21,9 @@ from megatron_lite.inference.rows import Row, Scribe, Watch, uniform_numbers
 from megatron_lite.inference.sample import Rules
 from megatron_lite.inference.segments import to_device
 from megatron_lite.inference.step import Slots, Stepper
+
+WORTH_A_PASS = 2048
+"""Prompt tokens that keep a GPU as busy as it can be."""
 
 
 @dataclass(eq=False)
@@ -130,18 +134,18 @@ class ContinuousDecoder:
     def _admit(self, group: Group, waiting: deque[Served]) -> None:
         """Reads the prompts for which there is room, if they are worth a pass. Where there are few, every group gets some."""
         share = -(-len(waiting) // len(self.groups))
-        room = min(self.most - len(group.rows), share)
-        if room < min(share, max(1, self.most // 16)):
-            return
         coming: list[Served] = []
         tokens = pages = 0
-        while waiting and len(coming) < room:
-            row = waiting[0]
-            tokens, pages = tokens + len(row.request.tokens), pages + row.needs
-            if pages > len(self.free) or (coming and tokens > self.most_tokens):
+        for row in islice(waiting, min(self.most - len(group.rows), share)):
+            pages += row.needs
+            if pages > len(self.free) or (coming and tokens + len(row.request.tokens) > self.most_tokens):
                 break
-            coming.append(waiting.popleft())
-        if coming:
+            tokens += len(row.request.tokens)
+            coming.append(row)
+        are_few = len(coming) < min(share, max(1, self.most // 16)) and tokens < WORTH_A_PASS
+        if coming and not (are_few and group.rows):
+            for _ in coming:
+                waiting.popleft()
             self._read(group, coming)
 
     def _read(self, group: Group, coming: list[Served]) -> None:

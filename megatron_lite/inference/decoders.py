@@ -22,8 +22,8 @@ MOST_ROWS = 192
 """Rows that share a step on a GPU where nobody says otherwise."""
 MOST_TOKENS = 8192
 """Prompt tokens that are read at once."""
-LEFT_FREE = 0.1
-"""Share of the free memory that stays free beside the cache at least, for what reading prompts takes for a moment."""
+LEFT_FREE, MOST_LEFT_FREE = 0.1, 3 * 2**30
+"""Share of the free memory that stays free beside the cache at least, for what reading prompts takes for a moment, and the bytes that are enough for it."""
 
 Schedule = Literal["in-flight", "naive"]
 
@@ -98,7 +98,7 @@ def _pages_that_fit(stage: Stage, spec: ModelSpec, longest: int) -> int:
     """Those for which there is memory beside what reading the longest text takes."""
     mesh = stage.mesh
     free = free_memory(mesh.device)
-    beside = max(int(free * LEFT_FREE), _reading(stage, spec, longest) + CAPTURED)
+    beside = max(min(int(free * LEFT_FREE), MOST_LEFT_FREE), _reading(stage, spec, longest) + CAPTURED)
     pages = least(mesh, max(0, free - beside) // page_bytes(spec, blocks=sum(map(spec.is_block, stage.layers)), tp=mesh.tp.size))
     if pages < pages_for(1) + 1:
         raise FitError(f"beside the weights {free / 1e9:.1f} GB of {mesh.device} are free, too little for a cache; spread the model over more GPUs")

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from megatron_lite.inference.segments import own_attention
 from megatron_lite.parallel.mesh import Axis
 
 NOWHERE = torch.device("meta")
@@ -29,12 +30,17 @@ class Silent(Axis):
 
 @dataclass(frozen=True)
 class Unseen:
-    """What a block needs to know of prompts that are not there."""
+    """What a block needs to know of so many prompts that are not there."""
 
     positions: Tensor
+    texts: int
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return torch.empty_like(query)
+        attend_texts = own_attention(query.shape[-1], query.dtype)
+        if attend_texts is None:
+            return torch.empty_like(query)
+        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+        return attend_texts((query, key, value), self.positions[0], self.texts).transpose(0, 1).unsqueeze(0)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -15,9 +15,9 @@ COUNTS = (1, 16)
 """Prompts in a captured row."""
 
 
-def size_of(tokens: int, prompts: int) -> tuple[int, int] | None:
-    """The captured row that takes so many; None where there is none: then the work takes longer than its launches."""
-    if tokens > LENGTHS[-1] or prompts > COUNTS[-1]:
+def size_of(tokens: int, prompts: int, *, most: int = LENGTHS[-1]) -> tuple[int, int] | None:
+    """The captured row of up to `most` tokens that takes so many; None where there is none."""
+    if tokens > max((length for length in LENGTHS if length <= most), default=0) or prompts > COUNTS[-1]:
         return None
     return next(length for length in LENGTHS if length >= tokens), next(count for count in COUNTS if count >= prompts)
 
@@ -63,17 +63,19 @@ Behind = Callable[[Tensor, Mapping[int, FilledPast], Tensor], Tensor]
 
 
 class Readings:
-    """Captures a row when its size comes for the second time. `behind` is what is captured, `capture` how."""
+    """Captures a row when its size comes for the second time. `behind` is what is captured, `capture` how. With more than `most` tokens the work takes longer
+    than its launches, and nothing is captured."""
 
-    def __init__(self, behind: Behind, capture: Callable[[Callable[[], Tensor]], Callable[[], Tensor]], device: torch.device) -> None:
+    def __init__(self, behind: Behind, capture: Callable[[Callable[[], Tensor]], Callable[[], Tensor]], device: torch.device, *, most: int) -> None:
         self.behind = behind
         self.capture = capture
         self.device = device
+        self.most = most
         self.rows: dict[tuple[int, int], Reading] = {}
         self.replays: dict[tuple[int, int], Callable[[], Tensor]] = {}
 
     def read(self, tokens: Tensor, pasts: Mapping[int, FilledPast], last: Tensor) -> Tensor:
-        size = size_of(len(tokens), len(last))
+        size = size_of(len(tokens), len(last), most=self.most)
         first = next(iter(pasts.values()), None)
         if size is None or first is None or not isinstance(first.inner, FlashSegments):
             return self.behind(tokens, pasts, last)

@@ -1,8 +1,10 @@
 """Attention over a packed row, where every segment sees only its own text: a plain way, and flash attention where the GPU has it."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from itertools import accumulate, chain
 
 import numpy as np
@@ -16,6 +18,9 @@ from megatron_lite.models.spec import ModelSpec
 
 # s tokens in the row, h heads on this rank, d head size, n segments of one shape, l tokens in each, c keys that they see
 
+HALVES = (torch.float16, torch.bfloat16)
+Attend = Callable[[tuple[Tensor, Tensor, Tensor], Tensor, int], Tensor]
+
 
 def segmented(segments: Sequence[Segment], spec: ModelSpec, *, dtype: torch.dtype, device: torch.device) -> Past:
     """What a block needs to know of the segments; they cover the row in order."""
@@ -25,9 +30,19 @@ def segmented(segments: Sequence[Segment], spec: ModelSpec, *, dtype: torch.dtyp
 
 def has_flash(dtype: torch.dtype, head_dim: int, device: torch.device) -> bool:
     """Whether torch's attention over segments of any length serves this model here."""
-    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or head_dim % 8 or head_dim > 256:
+    if device.type != "cuda" or dtype not in HALVES or head_dim % 8 or head_dim > 256:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0) and torch.backends.cuda.is_flash_attention_available()
+
+
+@cache
+def own_attention(head_dim: int, dtype: torch.dtype) -> Attend | None:
+    """Attention over texts of their own by our kernel; None where torch's is faster, or was not measured against it."""
+    if dtype not in HALVES or find_spec("triton") is None:
+        return None
+    from megatron_lite.inference.kernels.packed import attend_packed, serves
+
+    return attend_packed if serves(head_dim) else None
 
 
 def to_device(values: Sequence[float] | np.ndarray, device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
@@ -96,6 +111,9 @@ class FlashSegments:
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # s h d
+        attend_texts = own_attention(query.shape[-1], query.dtype) if self.keys is None else None
+        if attend_texts is not None:
+            return attend_texts((query, key, value), self.positions[0], len(self.starts) - 1).transpose(0, 1).unsqueeze(0)
         if self.keys is not None:
             key, value = key[self.keys], value[self.keys]
         if query.shape[1] != key.shape[1]:

@@ -34,7 +34,7 @@ THREADS = 8
 """Compilers at once in a process, if there are cores enough: nearly all of their work is done outside of Python."""
 TURN = 1e-4
 """Seconds that a thread keeps Python for itself while kernels are compiled. At the usual 5 ms those that read weights would mostly wait for it."""
-READINGS = ((37, 1), (64, 1), (64, COUNTS[-1]), (37, 3))
+READINGS = ((37, 1), (64, 1), (64, COUNTS[-1]), (37, 3), (2048, 1))
 """Tokens and prompts that are read together: of every kind one. Captured rows are filled up with prompts."""
 
 
@@ -124,7 +124,7 @@ def launches(stage: Stage, spec: ModelSpec, *, words: int, rows: int, context: i
         stepper = _stepper(stage, spec, words)
         for tokens, prompts in READINGS:
             if stepper.stack is not None and prompts <= (rows if rows == 1 or stage.mesh.pp.size > 1 else max(rows, COUNTS[-1])):
-                stepper._read(_entering(stage, tokens), _pasts(stepper, tokens), _numbers(prompts))
+                stepper._read(_entering(stage, tokens), _pasts(stepper, tokens, prompts), _numbers(prompts))
         slots = Slots.empty(rows, longest=context, device=NOWHERE)
         for size in dict.fromkeys(size_in(slots, count) for count in range(rows, 0, -1)):
             stepper._rows(slots, size, _entering(stage, size))
@@ -157,8 +157,8 @@ def _stepper(stage: Stage, spec: ModelSpec, words: int) -> CapturedStepper:
     return stepper
 
 
-def _pasts(stepper: CapturedStepper, tokens: int) -> dict[int, FilledPast]:
-    inner = Unseen(_numbers(tokens).unsqueeze(0))
+def _pasts(stepper: CapturedStepper, tokens: int, prompts: int) -> dict[int, FilledPast]:
+    inner = Unseen(_numbers(tokens).unsqueeze(0), prompts)
     return {number: stepper.cache.fill(number, inner, _numbers(tokens), _numbers(tokens)) for number in stepper.cache.keys}
 
 

@@ -39,7 +39,8 @@ def _place(
     inside = (head < HEADS)[:, None] & (place < HEAD)
     position = tl.load(positions + token)
     query = heads + token * token_stride + head[:, None] * head_stride
-    q = turned(query, place, inside, cos, sin, position, TURNED, INTERLEAVED).to(keys.dtype.element_ty)
+    turns = inside & (place < TURNED)
+    q = turned(query, place, turns, cos, sin, position, TURNED, INTERLEAVED).to(keys.dtype.element_ty)
     k = turned(query + HEAD, place, inside, cos, sin, position, TURNED, INTERLEAVED).to(keys.dtype.element_ty)
     v = tl.load(query + 2 * HEAD + place, inside, 0.0)
     target = ((tl.load(pages + token) * HEADS + head[:, None]) * PAGE + tl.load(places + token)) * HEAD + place
@@ -47,6 +48,5 @@ def _place(
     tl.store(values + target, v, inside)
     if TURNED:
         tl.debug_barrier()  # every number was read by all who turn with it
-        turns = inside & (place < TURNED)
         tl.store(query + place, q, turns)
         tl.store(query + HEAD + place, k, turns)
