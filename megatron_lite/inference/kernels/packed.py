@@ -20,8 +20,8 @@ from megatron_lite.inference.kernels.launch import is_hopper, shared_memory
 
 LONG = 1024
 """Tokens of a text from which on a program takes more of them at once."""
-NOT_SEEN = -1e30
-"""The score of what a token does not see: a number, so that what was found of a text that is not its own weighs nothing later, and is no NaN before."""
+NOTHING = -1e30
+"""The highest score of a token that has seen nothing yet: a number, so that keys which are not its own, whose score is -inf, weigh nothing and make no NaN."""
 
 
 class Way(NamedTuple):
@@ -62,7 +62,7 @@ def attend_packed(heads: tuple[Tensor, Tensor, Tensor], positions: Tensor, texts
     _attend[(triton.cdiv(tokens, way.tokens) * queries,)](
         query, key, value, positions, out, query.stride(0), query.stride(1), key.stride(0), key.stride(1), value.stride(0), value.stride(1),
         tokens, head_dim**-0.5 * log2(e), HEADS=queries, GROUP=queries // key.shape[1], HEAD=head_dim, WIDE=wide, REST=rest,
-        TOKENS=way.tokens, KEYS=way.keys, NOT_SEEN=NOT_SEEN, num_warps=way.warps, num_stages=way.stages,
+        TOKENS=way.tokens, KEYS=way.keys, NOTHING=NOTHING, num_warps=way.warps, num_stages=way.stages,
     )  # fmt: skip
     return out
 
@@ -72,7 +72,7 @@ def attend_packed(heads: tuple[Tensor, Tensor, Tensor], positions: Tensor, texts
 def _attend(
     query, key, value, positions, out, query_row, query_head, key_row, key_head, value_row, value_head, tokens, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr, TOKENS: tl.constexpr, KEYS: tl.constexpr,
-    NOT_SEEN: tl.constexpr,
+    NOTHING: tl.constexpr,
 ):  # fmt: skip
     # the last tokens see most, and are begun first; a head is the WIDE numbers of "a" and, where REST is not 0, those of "b" behind them
     head, first = tl.program_id(0) % HEADS, (tl.num_programs(0) // HEADS - 1 - tl.program_id(0) // HEADS) * TOKENS
@@ -89,7 +89,7 @@ def _attend(
     if REST > 0:
         b = WIDE + tl.arange(0, REST)
         q_b, mix_b = _part(lines, b, real, WIDE + REST, HEAD, False), tl.zeros([TOKENS, REST], tl.float32)
-    best, total = tl.full([TOKENS], NOT_SEEN, tl.float32), tl.zeros([TOKENS], tl.float32)
+    best, total = tl.full([TOKENS], NOTHING, tl.float32), tl.zeros([TOKENS], tl.float32)
 
     begin = first - tl.load(positions + first).to(tl.int32)
     middle = begin
@@ -97,11 +97,11 @@ def _attend(
         middle = begin + (first - begin) // KEYS * KEYS
     for at in range(begin, middle, KEYS):
         mix_a, mix_b, best, total = _look(
-            q_a, q_b, key, value, at, token, begins, tokens, mix_a, mix_b, best, total, key_row, value_row, scale, HEAD, WIDE, REST, KEYS, True, NOT_SEEN
+            q_a, q_b, key, value, at, token, begins, tokens, mix_a, mix_b, best, total, key_row, value_row, scale, HEAD, WIDE, REST, KEYS, True
         )
     for at in range(middle, end, KEYS):
         mix_a, mix_b, best, total = _look(
-            q_a, q_b, key, value, at, token, begins, tokens, mix_a, mix_b, best, total, key_row, value_row, scale, HEAD, WIDE, REST, KEYS, False, NOT_SEEN
+            q_a, q_b, key, value, at, token, begins, tokens, mix_a, mix_b, best, total, key_row, value_row, scale, HEAD, WIDE, REST, KEYS, False
         )
 
     place = out + (token[:, None].to(tl.int64) * HEADS + head) * HEAD
@@ -124,7 +124,7 @@ def _part(lines, place, real, END: tl.constexpr, HEAD: tl.constexpr, ALL: tl.con
 @triton.jit
 def _look(
     q_a, q_b, key, value, at, token, begins, tokens, mix_a, mix_b, best, total, key_row, value_row, scale,
-    HEAD: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr, KEYS: tl.constexpr, ALL: tl.constexpr, NOT_SEEN: tl.constexpr,
+    HEAD: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr, KEYS: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
     """Adds what the tokens see of the keys from `at` on: of ALL of them, or of those of their own text up to themselves."""
     seen = at + tl.arange(0, KEYS)
@@ -137,7 +137,7 @@ def _look(
         k_b, v_b = _part(keys, b, there, WIDE + REST, HEAD, ALL), _part(values, b, there, WIDE + REST, HEAD, ALL)
         scores = tl.dot(q_b, tl.trans(k_b), scores, input_precision="ieee")
     if not ALL:
-        scores = tl.where((seen[None, :] >= begins[:, None]) & (seen[None, :] <= token[:, None]), scores, NOT_SEEN)
+        scores = tl.where((seen[None, :] >= begins[:, None]) & (seen[None, :] <= token[:, None]), scores, -float("inf"))
     highest = tl.maximum(best, tl.max(scores, 1) * scale)
     weights = tl.exp2(scores * scale - highest[:, None])
     shrink = tl.exp2(best - highest)
