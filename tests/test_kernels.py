@@ -31,3 +31,8 @@ def test_activations_of_a_thousand_in_fp16_stay_numbers_in_every_kernel() -> Non
 def test_ranks_that_write_into_each_others_memory_have_the_same_sums_turn_after_turn(dtype: str, size: int) -> None:
     """The last sums are beyond fp16, in which ranks tell their shares of them."""
     assert ran("exchanges.py", dtype, str(size)) == "ok"
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 1), ("bfloat16", 1), ("float16", 11000)])
+def test_two_ranks_that_read_each_others_shares_have_the_same_sums_turn_after_turn(dtype: str, size: int) -> None:
+    assert ran("laid.py", dtype, str(size)) == "ok"

@@ -21,13 +21,15 @@ from megatron_lite.config.load import load_config
 from megatron_lite.inference.captured import SIZES, CapturedStepper
 from megatron_lite.inference.kernels.exchange import packets, proven
 from megatron_lite.inference.kernels.kernel import Launch, watched
+from megatron_lite.inference.kernels.shares import shares_proven
+from megatron_lite.inference.reading import LENGTHS
 from megatron_lite.inference.request import Request, Sampling
 from megatron_lite.inference.sample import Rules
 from megatron_lite.inference.step import Slots
 from megatron_lite.inference.warm import launches, likeness
 from megatron_lite.parallel.layout import Layout
 from megatron_lite.parallel.mesh import Mesh
-from megatron_lite.parallel.peers import Peers
+from megatron_lite.parallel.peers import Peers, Shares
 from megatron_lite.parallel.stage import Stage
 from megatron_lite.run import Run, load_stage, prepare
 from tests.runs import BYTES, random_prompts, write_run
@@ -72,7 +74,9 @@ def stepper_of(stage: Stage, run: Run) -> CapturedStepper:
         boxes, turns = torch.zeros(tp.size, dtype=torch.int64), torch.zeros(SIZES[-1] + 1, dtype=torch.int32)
         peers = Peers(tp.index, tp.size, packets(SIZES[-1], spec.hidden), boxes, turns, boxes)
         proven(peers, tp, width=spec.hidden, dtype=stage.dtype)
-        stepper.peers, stepper.stack = peers, replace(stepper.stack, peers=peers)
+        shares = Shares(tp.index, tp.size, torch.zeros(2, LENGTHS[-1], spec.hidden, dtype=stage.dtype), boxes, boxes, turns[:1])
+        shares_proven(shares, tp)
+        stepper.peers, stepper.stack = peers, replace(stepper.stack, peers=peers, shares=shares)
     return stepper
 
 

@@ -93,9 +93,10 @@ class FusedBlock:
         states = copies(normed, self.norms.second, self.norms.copies[1])
         return activated(states, self._whole(self.first, self.first_scales, 1, normed.dtype), self.first_bias[1], self.activation)
 
-    def combined(self, mixed: Tensor, inner: Tensor, bias: Tensor | None) -> Tensor:
+    def combined(self, mixed: Tensor, inner: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
         """This rank's term of what the block adds to the stream, by the library."""
-        expanded = F.linear(inner, self._whole(self.second, self.second_scales, 1, inner.dtype), bias)
+        larger = self._whole(self.second, self.second_scales, 1, inner.dtype).t()
+        expanded = torch.mm(inner, larger, out=out) if bias is None else torch.addmm(bias, inner, larger, out=out)
         return torch.addmm(expanded, mixed, self._whole(self.second, self.second_scales, 0, inner.dtype).t(), out=expanded)
 
     def _whole(self, weights: tuple[Tensor, Tensor], scales: tuple[Tensor, Tensor] | None, index: int, dtype: torch.dtype) -> Tensor:

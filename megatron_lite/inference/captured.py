@@ -1,7 +1,7 @@
 """The steps of continuous batching captured in CUDA graphs, one for each size of batch: the same numbers as the plain steps, without their launches."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -9,13 +9,14 @@ from torch import Tensor
 from megatron_lite.inference.fused import FusedStack
 from megatron_lite.inference.kernels.attention import Scratch, attend_pages
 from megatron_lite.inference.kernels.exchange import gather_offers, packets, proven
+from megatron_lite.inference.kernels.shares import shares_proven
 from megatron_lite.inference.paged import FilledPast, PagedPast
-from megatron_lite.inference.reading import Readings
+from megatron_lite.inference.reading import LENGTHS, Readings
 from megatron_lite.inference.sample import Rules
 from megatron_lite.inference.step import Arrival, Slots, Stepper
 from megatron_lite.models.spec import ModelSpec
 from megatron_lite.parallel.layers import LayerNorm, VocabularyEmbedding
-from megatron_lite.parallel.peers import connect
+from megatron_lite.parallel.peers import Shares, connect, shares_of
 from megatron_lite.parallel.stage import Stage
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256)
@@ -53,7 +54,8 @@ class CapturedStepper(Stepper):
         self.peers = proven(peers, mesh.tp, width=spec.hidden, dtype=stage.dtype)
         last = norm.norm if norm is not None and isinstance(norm.norm, LayerNorm) else None
         blocks = [stage.layers[number] for number in self.cache.keys]
-        self.stack = FusedStack.of(blocks, last, tp=mesh.tp, peers=self.peers) if last or norm is None else None
+        stack = FusedStack.of(blocks, last, tp=mesh.tp, peers=self.peers) if last or norm is None else None
+        self.stack = replace(stack, shares=self._shares()) if stack is not None else None
         self.graphs = Graphs(mesh.device)
         self.readings = Readings(self._read, self.graphs.capture, mesh.device, most=HIDDEN_LAUNCHES // max(parameters_of_a_block(stage, spec), 1))
         self.scratches: dict[int, Scratch] = {}
@@ -122,6 +124,13 @@ class CapturedStepper(Stepper):
         embedding = self.stage.layers[0].word_embeddings
         assert isinstance(embedding, VocabularyEmbedding)
         return embedding
+
+    def _shares(self) -> Shares | None:
+        """Where two GPUs sum what they compute for prompts. More of them would read the shares of all others, which takes longer than the library's sum."""
+        tp, device = self.mesh.tp, self.mesh.device
+        if self.peers is None or tp.size > 2:
+            return None
+        return shares_proven(shares_of(tp, rows=LENGTHS[-1], width=self.spec.hidden, dtype=self.stage.dtype, device=device), tp)
 
     def _scratch(self, rows: int) -> Scratch:
         """Its counts return to 0 after every launch, so that all blocks share it."""

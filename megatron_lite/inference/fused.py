@@ -15,10 +15,11 @@ from megatron_lite.inference.kernels.exchange import sum_and_norm
 from megatron_lite.inference.kernels.linear import MOST_ROWS, Projection, combine, project
 from megatron_lite.inference.kernels.norm import add_and_norm
 from megatron_lite.inference.kernels.prompt import place_prompts
+from megatron_lite.inference.kernels.shares import meet, sum_shares
 from megatron_lite.inference.paged import FilledPast, PagedPast
 from megatron_lite.parallel.layers import LayerNorm
 from megatron_lite.parallel.mesh import Axis
-from megatron_lite.parallel.peers import Peers
+from megatron_lite.parallel.peers import Peers, Shares
 
 # b rows, d hidden size, h heads on this rank, c copies of norms
 
@@ -26,7 +27,11 @@ SPLITS = 5
 """Terms of the second product: the attention's inputs and four times as many of the MLP."""
 
 
-def normed_into(stream: Tensor, norms: Norms | None, add: Callable[..., None], *, like: Tensor) -> Tensor:
+Add = Callable[..., None]
+"""Adds what a block computed to the stream, and norms it."""
+
+
+def normed_into(stream: Tensor, norms: Norms | None, add: Add, *, like: Tensor) -> Tensor:
     """What `add` makes of the stream: [c b d] as the norms leave it, or the stream itself [1 b d], in the format of `like`."""
     scale, shift, eps = (norms.scale, norms.shift, norms.eps) if norms else (stream[:0], stream[:0], 0.0)
     out = torch.empty(len(scale), *stream.shape, dtype=like.dtype, device=stream.device)
@@ -49,6 +54,7 @@ class FusedStack:
     tp: Axis
     peers: Peers | None
     aside: Aside
+    shares: Shares | None = None
 
     @classmethod
     def of(cls, blocks: Sequence[nn.Module], last: LayerNorm | None, *, tp: Axis, peers: Peers | None) -> "FusedStack | None":
@@ -74,32 +80,40 @@ class FusedStack:
         """The same for the tokens [s d] of packed prompts, whose keys and values are kept: what the last norm makes of the stream at `last` [c n d]. Of the
         last block the other tokens need nothing but keys and values."""
         block, past = self.blocks[-1], pasts[-1]
-        stream, x = self._read_all(x, self.blocks[:-1], pasts)
-        normed = self._normed(stream, x.unsqueeze(0), None, block.norms, like=x)
+        stream, add = self._read_all(x, self.blocks[:-1], pasts)
+        normed = normed_into(stream, block.norms, add, like=x)
         mixed = self._attended(block, past, block.heads(normed)).index_select(0, last)
         share = block.combined(mixed, block.inner(normed.index_select(1, last)), block.small_bias)
         return self._normed(stream.index_select(0, last), self.tp.sum_in_place(share).unsqueeze(0), None, self.last, like=x)
 
     def pass_on(self, x: Tensor, pasts: Sequence[FilledPast]) -> Tensor:
         """The stream behind the last block [s d], for the next stage."""
-        stream, x = self._read_all(x, self.blocks, pasts)
-        self._normed(stream, x.unsqueeze(0), None, None, like=x)
-        return stream.to(x.dtype)
+        stream, add = self._read_all(x, self.blocks, pasts)
+        return normed_into(stream, None, add, like=x)[0]
 
-    def _read_all(self, x: Tensor, blocks: Sequence[FusedBlock], pasts: Sequence[FilledPast]) -> tuple[Tensor, Tensor]:
-        """The stream behind these blocks [s d], and what the last of them still adds to it."""
+    def _read_all(self, x: Tensor, blocks: Sequence[FusedBlock], pasts: Sequence[FilledPast]) -> tuple[Tensor, Add]:
+        """The stream behind these blocks [s d], and what adds to it what the last of them computed."""
         stream = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-        for block, past in zip(blocks, pasts, strict=False):
-            x = self._read_block(block, past, self._normed(stream, x.unsqueeze(0), None, block.norms, like=x))
-        return stream, x
+        add: Add = partial(add_and_norm, stream, x.unsqueeze(0), None)
+        shares = self.shares if self.shares is not None and len(x) <= self.shares.halves.shape[1] else None
+        if shares is not None:
+            meet(shares)  # the others have read what was laid for the prompts before
+        for index, (block, past) in enumerate(zip(blocks, pasts, strict=False)):
+            share = self._read_block(block, past, normed_into(stream, block.norms, add, like=x), shares.halves[index % 2, : len(x)] if shares else None)
+            if shares is not None:
+                meet(shares)
+                add = partial(sum_shares, stream, shares, index % 2)
+            else:
+                add = partial(add_and_norm, stream, self.tp.sum_in_place(share).unsqueeze(0), None)
+        return stream, add
 
-    def _read_block(self, block: FusedBlock, past: FilledPast, normed: Tensor) -> Tensor:
-        """What a block adds to the stream [s d], summed over the ranks."""
+    def _read_block(self, block: FusedBlock, past: FilledPast, normed: Tensor, place: Tensor | None) -> Tensor:
+        """What this rank adds to the stream for a block [s d], at its place if it has one."""
         heads, inner = block.heads(normed), block.inner(normed)
         del normed  # what is not needed any more is let go: a long prompt takes as much again
         mixed = self._attended(block, past, heads)
         del heads
-        return self.tp.sum_in_place(block.combined(mixed, inner, block.small_bias))
+        return block.combined(mixed, inner, block.small_bias, out=place)
 
     def _attended(self, block: FusedBlock, past: FilledPast, flat: Tensor) -> Tensor:
         """[s (h 3 d)] -> [s (h d)]; keys and values are kept."""

@@ -47,6 +47,10 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return x.new_empty(*x.shape[:-1], len(weight))
 
 
+def _product(x: Tensor, other: Tensor, out: Tensor | None = None) -> Tensor:
+    return x.new_empty(len(x), other.shape[1]) if out is None else out
+
+
 def _joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
     shape = list(parts[0].shape)
     shape[dim] = sum(part.shape[dim] for part in parts)
@@ -69,7 +73,7 @@ def _picked(x: Tensor, index: Any) -> Tensor:
 
 
 ALIKE = (
-    *(F.gelu, torch.addmm, torch.empty_like, torch.maximum, Tensor.sub, Tensor.neg, Tensor.__neg__, Tensor.div, Tensor.__truediv__),
+    *(F.gelu, torch.empty_like, torch.maximum, Tensor.sub, Tensor.neg, Tensor.__neg__, Tensor.div, Tensor.__truediv__),
     *(Tensor.lt, Tensor.ge, Tensor.gt, Tensor.__or__, Tensor.where, Tensor.masked_fill, Tensor.round_, Tensor.copy_),
     *(Tensor.square, torch.rsqrt, F.silu),
 )
@@ -83,6 +87,8 @@ class Shapes(TorchFunctionMode):
         **dict.fromkeys(ALIKE, lambda x, *others, **options: x),
         **dict.fromkeys((torch.mul, torch.div), lambda one, other, out=None: one if out is None else out),
         F.linear: _linear,
+        torch.mm: _product,
+        torch.addmm: lambda added, *factors, out=None: _product(*factors, out=out),
         F.embedding: lambda tokens, weight, **options: weight.new_empty(*tokens.shape, weight.shape[1]),
         Tensor.aminmax: lambda x, dim: (x.new_empty(len(x)), x.new_empty(len(x))),
         Tensor.__getitem__: _picked,

@@ -16,15 +16,16 @@ from torch import Tensor, nn
 from megatron_lite.inference.captured import SIZES, CapturedStepper, size_in
 from megatron_lite.inference.kernels.exchange import OFFERED, PATIENCE, packets, sum_and_norm
 from megatron_lite.inference.kernels.kernel import Launch, watched
+from megatron_lite.inference.kernels.shares import meet, sum_shares
 from megatron_lite.inference.nowhere import NOWHERE, Shapes, Silent, Unseen
 from megatron_lite.inference.paged import FilledPast
-from megatron_lite.inference.reading import COUNTS
+from megatron_lite.inference.reading import COUNTS, LENGTHS
 from megatron_lite.inference.step import Slots
 from megatron_lite.log import logger
 from megatron_lite.models.spec import ModelSpec
 from megatron_lite.parallel.layers import LayerNorm
 from megatron_lite.parallel.mesh import Axis
-from megatron_lite.parallel.peers import Peers
+from megatron_lite.parallel.peers import Peers, Shares
 from megatron_lite.parallel.quantized import quantize
 from megatron_lite.parallel.shards import take
 from megatron_lite.parallel.stage import Stage
@@ -153,8 +154,19 @@ def _stepper(stage: Stage, spec: ModelSpec, words: int) -> CapturedStepper:
     peers = Peers(tp.index, tp.size, packets(SIZES[-1], spec.hidden), boxes, turns, boxes)
     found, out = torch.empty(3, spec.hidden, device=NOWHERE), torch.empty(0, 3, spec.hidden, dtype=stage.dtype, device=NOWHERE)
     sum_and_norm(found, found.unsqueeze(0), None, out[:, 0], out[:, 0], out, peers, eps=0.0, patience=PATIENCE)  # as they are proven
-    stepper.peers, stepper.stack = peers, replace(stepper.stack, peers=peers)
+    stepper.peers, stepper.stack = peers, replace(stepper.stack, peers=peers, shares=_shares(stage) if tp.size == 2 else None)
     return stepper
+
+
+def _shares(stage: Stage) -> Shares:
+    """Those of two ranks, as they are proven."""
+    tp, numbers, turn = stage.mesh.tp, torch.empty(2, dtype=torch.int64, device=NOWHERE), torch.empty(1, dtype=torch.int32, device=NOWHERE)
+    halves = torch.empty(2, LENGTHS[-1], stage.hidden, dtype=stage.dtype, device=NOWHERE)
+    shares = Shares(tp.index, 2, halves, numbers, numbers, turn)
+    none = halves.new_empty(0, stage.hidden)
+    meet(shares, patience=PATIENCE)
+    sum_shares(torch.empty(halves.shape[1:], device=NOWHERE), shares, 1, scale=none, shift=none, out=halves[:0], eps=0.0)
+    return shares
 
 
 def _pasts(stepper: CapturedStepper, tokens: int, prompts: int) -> dict[int, FilledPast]:

@@ -24,6 +24,19 @@ class Peers:
     memory: Tensor
 
 
+@dataclass(frozen=True)
+class Shares:
+    """Memory of this rank that all ranks of an axis read: rows of numbers in two halves, which take turns. `addresses` holds those of all ranks' halves,
+    `flags` those of the turns that ranks have told each rank, `turn` counts this rank's; all are on the device."""
+
+    index: int
+    size: int
+    halves: Tensor  # 2 rows width
+    addresses: Tensor  # ranks
+    flags: Tensor  # ranks
+    turn: Tensor  # 1
+
+
 def connect(axis: Axis, *, capacity: int, programs: int, device: torch.device) -> Peers | None:
     """Symmetric memory for exchanges of up to `capacity` packets by `programs` programs; None where the GPUs cannot reach each other's. All ranks of the axis
     call this together."""
@@ -33,14 +46,29 @@ def connect(axis: Axis, *, capacity: int, programs: int, device: torch.device) -
     alike = torch.tensor(float(reaches), device=device)
     if axis.minimum(alike) < 1 or not are_seen(axis, device):
         return None
+    memory, boxes = _symmetric(axis, 2 * axis.size * capacity, device)
+    return Peers(axis.index, axis.size, capacity, boxes, torch.zeros(programs, dtype=torch.int32, device=device), memory)
+
+
+def shares_of(axis: Axis, *, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Shares:
+    """Symmetric memory for shares of so many rows, where the GPUs of the axis reach each other's. All ranks of the axis call this together."""
+    size = 2 * rows * width * dtype.itemsize // 8
+    memory, addresses = _symmetric(axis, size + axis.size, device)
+    turn = torch.zeros(1, dtype=torch.int32, device=device)
+    return Shares(axis.index, axis.size, memory[:size].view(dtype).view(2, rows, width), addresses, addresses + 8 * size, turn)
+
+
+def _symmetric(axis: Axis, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """So many 64-bit zeros that all ranks of the axis reach, and their addresses of all ranks."""
     import torch.distributed._symmetric_memory as symmetric
 
-    memory = symmetric.empty(2 * axis.size * capacity, dtype=torch.int64, device=device).zero_()
+    assert axis.group is not None
+    memory = symmetric.empty(count, dtype=torch.int64, device=device).zero_()
     handle = symmetric.rendezvous(memory, axis.group.group_name)
-    boxes = torch.tensor(handle.buffer_ptrs, dtype=torch.int64, device=device)
+    addresses = torch.tensor(handle.buffer_ptrs, dtype=torch.int64, device=device)
     torch.cuda.synchronize()
-    axis.maximum(alike)  # no rank writes before all have cleared their memory
-    return Peers(axis.index, axis.size, capacity, boxes, torch.zeros(programs, dtype=torch.int32, device=device), memory)
+    axis.maximum(torch.zeros((), device=device))  # no rank writes before all have cleared their memory
+    return memory, addresses
 
 
 def are_seen(axis: Axis, device: torch.device) -> bool:

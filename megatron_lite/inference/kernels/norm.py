@@ -36,6 +36,12 @@ def _add_and_norm(
     for term in tl.static_range(TERMS):
         x += tl.load(terms + term * rows * WIDTH + place, inside, 0.0).to(tl.float32)
     tl.store(residual + place, x, inside)
+    put_normed(x, scale, shift, out, place, rows, column, inside, WIDTH, COPIES, EPS)
+
+
+@triton.jit
+def put_normed(x, scale, shift, out, place, rows, column, inside, WIDTH: tl.constexpr, COPIES: tl.constexpr, EPS: tl.constexpr):
+    """The LayerNorm of a row, which lies at `place` of each copy."""
     centred = tl.where(inside, x - tl.sum(x, 0) / WIDTH, 0.0)
     normed = centred * tl.rsqrt(tl.sum(centred * centred, 0) / WIDTH + EPS)
     for copy in tl.static_range(COPIES):
