@@ -26,8 +26,8 @@ def main(name: str, size: float) -> None:
     halves = [torch.zeros(2, ROWS, WIDTH, dtype=dtype).share_memory_() for _ in range(RANKS)]
     flags = [torch.full((RANKS,), LAST, dtype=torch.int32).share_memory_() for _ in range(RANKS)]
     answers = torch.zeros(RANKS, TURNS, ROWS, WIDTH).share_memory_()
-    addresses = [torch.tensor([each.data_ptr() for each in tensors]) for tensors in (halves, flags)]
-    everybody = [Shares(rank, RANKS, halves[rank], *addresses, torch.full((1,), LAST, dtype=torch.int32)) for rank in range(RANKS)]
+    read, told = (torch.tensor([each.data_ptr() for each in tensors]) for tensors in (halves, flags))
+    everybody = [Shares(rank, RANKS, halves[rank], read, told, torch.full((1,), LAST, dtype=torch.int32)) for rank in range(RANKS)]
     processes = [multiprocessing.get_context("fork").Process(target=work, args=(shares, size, answers)) for shares in everybody]
     for process in processes:
         process.start()
@@ -38,7 +38,7 @@ def main(name: str, size: float) -> None:
         expected = stream_of(turn) + sum(share(rank, turn, size, dtype).float() for rank in range(RANKS))
         torch.testing.assert_close(answers[0, turn], expected, atol=1e-5 * size, rtol=0)
         assert torch.equal(answers[0, turn], answers[1, turn]), "both ranks have the same sum to the bit"
-    lonely = Shares(0, RANKS, halves[0], *addresses, torch.tensor([5], dtype=torch.int32))
+    lonely = Shares(0, RANKS, halves[0], read, told, torch.tensor([5], dtype=torch.int32))
     meet(lonely, patience=3)  # nobody comes
     print("ok")
 

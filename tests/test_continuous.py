@@ -93,24 +93,25 @@ def test_few_pages_make_prompts_wait_and_change_nothing(stage: Stage) -> None:
     assert told(serve(stage, asked, pages=4)) == told(complete(stage, asked, spec=SPEC))
 
 
-@pytest.mark.parametrize("pages", [20, 100], ids=["few pages", "pages enough"])
-@pytest.mark.parametrize("tokens", [8, 1], ids=["few tokens", "tokens enough"])
-def test_prompts_wait_until_a_sixteenth_of_the_rows_or_as_many_tokens_as_keep_a_gpu_busy_are_read_together(
-    stage: Stage, pages: int, tokens: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("pages", [36, 100], ids=["few pages", "pages enough"])
+@pytest.mark.parametrize(("busy", "tokens", "least"), [(40, 100, 2), (5, 100, 1), (40, 5, 1)], ids=["few tokens", "a busy GPU", "no more are read"])
+def test_prompts_wait_until_a_sixteenth_of_the_rows_comes_with_them_or_reading_is_worth_it_anyway(
+    stage: Stage, pages: int, busy: int, tokens: int, least: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(continuous, "WORTH_A_PASS", 5 * tokens)
+    monkeypatch.setattr(continuous, "WORTH_A_PASS", busy)
     reads: list[int] = []
 
     class Watched(Stepper):
         def read(self, prompts: Sequence[Sequence[int]], pages: Sequence[Sequence[int]], rules: Rules) -> Arrival:
-            reads.append(len(prompts))
+            if len(decoder.groups[0].rows) >= 32:
+                reads.append(len(prompts))
             return super().read(prompts, pages, rules)
 
-    asked = [replace(request, sampling=replace(request.sampling, maximum_tokens=3 + request.id)) for request in requests(random_prompts([5] * 60))]
-    decoder = ContinuousDecoder(Watched(stage, SPEC, words=512, pages=pages), TOKENIZER, context=SPEC.max_positions, rows=48, tokens=100)
+    decoder = ContinuousDecoder(Watched(stage, SPEC, words=512, pages=pages), TOKENIZER, context=SPEC.max_positions, rows=45, tokens=tokens)
+    asked = [replace(request, sampling=replace(request.sampling, maximum_tokens=3 + request.id)) for request in requests(random_prompts([5] * 59))]
     found = sorted(decoder.complete(asked), key=lambda completion: completion.request.id)
     assert told(found) == told(complete(stage, asked, spec=SPEC))
-    assert min(reads[:-1]) == (1 if tokens == 1 else 3)
+    assert min(reads[:-1]) == least
 
 
 def test_a_prompt_that_no_cache_can_hold_is_refused_before_anything_is_computed(stage: Stage) -> None:

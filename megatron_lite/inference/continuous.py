@@ -3,65 +3,26 @@ next step before the tokens of the last one are looked at, and every stage of a 
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_lite.errors import FitError
 from megatron_lite.inference.finite import first_bad_layer
-from megatron_lite.inference.flight import Courier, Flight
-from megatron_lite.inference.paged import FreePages, pages_for
+from megatron_lite.inference.flight import Courier
+from megatron_lite.inference.group import Group, Served, in_a_group
+from megatron_lite.inference.paged import FreePages
 from megatron_lite.inference.request import Codec, Completion, Request
-from megatron_lite.inference.rows import Row, Scribe, Watch, uniform_numbers
+from megatron_lite.inference.rows import Row, Scribe, Watch
 from megatron_lite.inference.sample import Rules
 from megatron_lite.inference.segments import to_device
 from megatron_lite.inference.step import Slots, Stepper
 
 WORTH_A_PASS = 2048
 """Prompt tokens that keep a GPU as busy as it can be."""
-
-
-@dataclass(eq=False)
-class Served(Row):
-    """A row with what it holds on the device. `begun` counts the tokens that the device was told to find."""
-
-    index: int = 0
-    pages: list[int] = field(default_factory=list)
-    begun: int = 0
-
-    @property
-    def needs(self) -> int:
-        """Pages for all it may come to hold: the last token is never read."""
-        return pages_for(len(self.request.tokens) + self.limit - 1)
-
-    @property
-    def length(self) -> int:
-        """Tokens that the model has seen when the steps that were begun are done."""
-        return len(self.request.tokens) + self.begun - 1
-
-    @cached_property
-    def draws(self) -> np.ndarray:
-        return uniform_numbers(self.request, self.limit) if self.request.sampling.temperature else np.zeros(self.limit)
-
-
-@dataclass
-class Group:
-    """Rows that take their steps together."""
-
-    slots: Slots
-    rules: Rules
-    rows: list[Served] = field(default_factory=list)
-    flights: deque[Flight[Served]] = field(default_factory=deque)
-
-
-def in_a_group(rows: int, groups: int) -> int:
-    """The most rows of one of so many groups, of which none is empty."""
-    return -(-rows // min(rows, groups))
 
 
 class ContinuousDecoder:
@@ -134,19 +95,25 @@ class ContinuousDecoder:
     def _admit(self, group: Group, waiting: deque[Served]) -> None:
         """Reads the prompts for which there is room, if they are worth a pass. Where there are few, every group gets some."""
         share = -(-len(waiting) // len(self.groups))
-        coming: list[Served] = []
-        tokens = pages = 0
-        for row in islice(waiting, min(self.most - len(group.rows), share)):
-            pages += row.needs
-            if pages > len(self.free) or (coming and tokens + len(row.request.tokens) > self.most_tokens):
-                break
-            tokens += len(row.request.tokens)
-            coming.append(row)
-        are_few = len(coming) < min(share, max(1, self.most // 16)) and tokens < WORTH_A_PASS
-        if coming and not (are_few and group.rows):
+        coming, is_full = self._next(waiting, min(self.most - len(group.rows), share))
+        enough = min(share, max(1, len(group.rows) // 16))
+        if coming and (is_full or not group.rows or len(coming) >= enough or sum(len(row.request.tokens) for row in coming) >= WORTH_A_PASS):
             for _ in coming:
                 waiting.popleft()
             self._read(group, coming)
+
+    def _next(self, waiting: Iterable[Served], most: int) -> tuple[list[Served], bool]:
+        """The first of those who wait, as many as there are pages for and as are read at once; and whether these are so many that the next must wait."""
+        coming: list[Served] = []
+        tokens = pages = 0
+        for row in islice(waiting, most):
+            tokens, pages = tokens + len(row.request.tokens), pages + row.needs
+            if coming and tokens > self.most_tokens:
+                return coming, True
+            if pages > len(self.free):
+                break
+            coming.append(row)
+        return coming, False
 
     def _read(self, group: Group, coming: list[Served]) -> None:
         for row in coming:

@@ -6,8 +6,9 @@ from importlib.util import find_spec
 from typing import Literal, Protocol
 
 from megatron_lite.errors import FitError
-from megatron_lite.inference.continuous import ContinuousDecoder, in_a_group
+from megatron_lite.inference.continuous import ContinuousDecoder
 from megatron_lite.inference.decode import Decoder
+from megatron_lite.inference.group import in_a_group
 from megatron_lite.inference.paged import page_bytes, pages_for
 from megatron_lite.inference.request import Codec, Completion, Request
 from megatron_lite.inference.rows import Watch
