@@ -22,11 +22,11 @@ from megatron_lite.inference.captured import SIZES, CapturedStepper
 from megatron_lite.inference.kernels.exchange import packets, proven
 from megatron_lite.inference.kernels.kernel import Launch, watched
 from megatron_lite.inference.kernels.shares import shares_proven
+from megatron_lite.inference.likeness import launches, likeness
 from megatron_lite.inference.reading import LENGTHS
 from megatron_lite.inference.request import Request, Sampling
 from megatron_lite.inference.sample import Rules
 from megatron_lite.inference.step import Slots
-from megatron_lite.inference.warm import launches, likeness
 from megatron_lite.parallel.layout import Layout
 from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.parallel.peers import Peers, Shares
