@@ -2,12 +2,14 @@
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -87,9 +89,12 @@ def workers() -> list[int]:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
+    """One of those that no connection is given by chance, as the ports from 32768 on are: another test's could take it before it is listened at."""
+    while True:
+        port = random.SystemRandom().randrange(10000, 20000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("localhost", port))
+            return port
 
 
 def start(body: str, launcher: str = "pdsh", port: int | None = None, name: str = "generate") -> "subprocess.Popen[str]":

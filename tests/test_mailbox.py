@@ -1,6 +1,5 @@
 """Replicas hand their completions over through the store where they met: of any size, at any pace, and call by call."""
 
-import socket
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from megatron_lite.inference.decoders import Watch
 from megatron_lite.inference.replicas import complete_all
@@ -37,24 +37,22 @@ class Slow:
     def close(self) -> None: ...
 
 
-def free_port() -> int:
-    with socket.socket() as place:
-        place.bind(("127.0.0.1", 0))
-        return place.getsockname()[1]
-
-
-def meet_over_tcp(mesh: Mesh, port: int) -> Any:
+def meet_over_tcp(mesh: Mesh) -> Any:
     """Joins the world anew as a launcher's processes do, with communicators of little patience. The store."""
+    server = TCPStore("127.0.0.1", 0, is_master=True, timeout=PATIENCE, wait_for_workers=False) if mesh.rank == 0 else None
+    port: list[Any] = [server.port if server else None]
+    dist.broadcast_object_list(port)
+    store = server or TCPStore("127.0.0.1", port[0], is_master=False, timeout=PATIENCE)
     dist.destroy_process_group()
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=mesh.rank, world_size=mesh.layout.size, timeout=PATIENCE)
+    dist.init_process_group("gloo", store=store, rank=mesh.rank, world_size=mesh.layout.size, timeout=PATIENCE)
     return dist.distributed_c10d._get_default_store()
 
 
 def test_completions_of_any_size_are_handed_over_and_nothing_of_them_stays() -> None:
-    port, asked = free_port(), requests("abcd")
+    asked = requests("abcd")
 
     def run(mesh: Mesh) -> tuple[list[int], int]:
-        store = meet_over_tcp(mesh, port)
+        store = meet_over_tcp(mesh)
         before = store.num_keys()
         lengths = [len((completion.logits or [[]])[0]) for completion in complete_all(Slow(0, "", 500_000), asked, mesh)]
         return lengths, store.num_keys() - before
@@ -76,10 +74,9 @@ def test_a_second_call_reads_its_own_answers() -> None:
 
 def test_a_replica_may_take_longer_than_the_patience_of_communicators() -> None:
     for slow in (0, 1):
-        port = free_port()
 
-        def run(mesh: Mesh, slow: int = slow, port: int = port) -> int:
-            meet_over_tcp(mesh, port)
+        def run(mesh: Mesh, slow: int = slow) -> int:
+            meet_over_tcp(mesh)
             return sum(1 for _ in complete_all(Slow(2.5 if mesh.rank == slow else 0, "", 1), requests("ab"), mesh))
 
         assert in_world(Layout(dp=2), run) == [2, 1]
