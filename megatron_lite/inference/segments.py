@@ -36,13 +36,13 @@ def has_flash(dtype: torch.dtype, head_dim: int, device: torch.device) -> bool:
 
 
 @cache
-def own_attention(head_dim: int, dtype: torch.dtype) -> Attend | None:
-    """Attention over texts of their own by our kernel; None where torch's is faster, or was not measured against it."""
+def own_attention(dtype: torch.dtype) -> Attend | None:
+    """Attention over texts of their own by our kernel, with heads of up to 256 numbers; None where it was not measured against torch's."""
     if dtype not in HALVES or find_spec("triton") is None:
         return None
     from megatron_lite.inference.kernels.packed import attend_packed, serves
 
-    return attend_packed if serves(head_dim) else None
+    return attend_packed if serves() else None
 
 
 def to_device(values: Sequence[float] | np.ndarray, device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
@@ -111,7 +111,7 @@ class FlashSegments:
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # s h d
-        attend_texts = own_attention(query.shape[-1], query.dtype) if self.keys is None else None
+        attend_texts = own_attention(query.dtype) if self.keys is None else None
         if attend_texts is not None:
             return attend_texts((query, key, value), self.positions[0], len(self.starts) - 1).transpose(0, 1).unsqueeze(0)
         if self.keys is not None:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from megatron_lite.inference.kernels.attention import two_widths, within
 from megatron_lite.inference.kernels.kernel import Kernel
-from megatron_lite.inference.kernels.launch import is_hopper, shared_memory
 
 # s tokens in the row, h query heads and g key/value heads on this rank, d head size
 
@@ -32,10 +31,6 @@ class Way(NamedTuple):
     warps: int
     stages: int
 
-    def bytes(self, head_dim: int) -> int:
-        """Of shared memory, for states of 16 bits."""
-        return 2 * sum(two_widths(head_dim)) * (self.tokens + 2 * self.stages * self.keys)
-
 
 def way_for(head_dim: int, tokens: int, texts: int) -> Way:
     """What was fastest on an H200."""
@@ -47,9 +42,9 @@ def way_for(head_dim: int, tokens: int, texts: int) -> Way:
     return Way(128, 64, 4, 3) if is_long else Way(64, 32, 4, 3)
 
 
-def serves(head_dim: int) -> bool:
-    """Whether this GPU is of the kind that this was measured on, and has room for it."""
-    return is_hopper() and all(way_for(head_dim, LONG, texts).bytes(head_dim) <= shared_memory() for texts in (1, 2))
+def serves() -> bool:
+    """Whether this GPU is of the kind that this was measured on."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
 
 def attend_packed(heads: tuple[Tensor, Tensor, Tensor], positions: Tensor, texts: int) -> Tensor:
