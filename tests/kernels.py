@@ -127,16 +127,15 @@ def attending() -> None:
 
 def packed_texts() -> None:
     """Texts of any length in one row, whose programs take tokens of one of them or of several; grouped heads, of one width, of two, of two and a bit."""
-    for groups, size in ((4, 24), (2, 48), (1, 64)):
-        for way in (packed.Way(32, 16, 4, 2), packed.Way(16, 32, 4, 2)):
-            packed.way_for = lambda head_dim, tokens, texts, way=way: way
-            for lengths in ([1], [50], [33, 3, 40, 1, 18]):
-                query, key, value = (torch.randn(sum(lengths), count, size) for count in (4, groups, groups))
-                positions = torch.cat([torch.arange(length) for length in lengths])
-                found = packed.attend_packed((query, key, value), positions, len(lengths))
-                parts = zip(*(each.transpose(0, 1).split(lengths, 1) for each in (query, key, value)), strict=True)
-                expected = [F.scaled_dot_product_attention(*each, is_causal=True, enable_gqa=True) for each in parts]
-                near(found, torch.cat(expected, 1).transpose(0, 1), atol=1e-5, rtol=0)
+    for groups, size, way in ((4, 24, packed.Way(32, 16, 4, 2)), (2, 48, packed.Way(16, 32, 4, 2)), (1, 64, packed.Way(32, 32, 4, 2))):
+        packed.way_for = lambda head_dim, tokens, texts, way=way: way
+        for lengths in ([1], [50], [33, 3, 40, 1, 18]):
+            query, key, value = (torch.randn(sum(lengths), count, size) for count in (4, groups, groups))
+            positions = torch.cat([torch.arange(length) for length in lengths])
+            found = packed.attend_packed((query, key, value), positions, len(lengths))
+            parts = zip(*(each.transpose(0, 1).split(lengths, 1) for each in (query, key, value)), strict=True)
+            expected = [F.scaled_dot_product_attention(*each, is_causal=True, enable_gqa=True) for each in parts]
+            near(found, torch.cat(expected, 1).transpose(0, 1), atol=1e-5, rtol=0)
 
 
 def stage_of(kind: str) -> tuple[Stage, ModelSpec]:

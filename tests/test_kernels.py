@@ -33,6 +33,6 @@ def test_ranks_that_write_into_each_others_memory_have_the_same_sums_turn_after_
     assert ran("exchanges.py", dtype, str(size)) == "ok"
 
 
-@pytest.mark.parametrize(("dtype", "size"), [("float32", 1), ("float16", 11000)])
-def test_two_ranks_that_read_each_others_shares_have_the_same_sums_turn_after_turn(dtype: str, size: int) -> None:
-    assert ran("laid.py", dtype, str(size)) == "ok"
+def test_two_ranks_that_read_each_others_shares_have_the_same_sums_turn_after_turn() -> None:
+    """The sums are beyond fp16, in which the shares lie."""
+    assert ran("laid.py", "float16", "11000") == "ok"
