@@ -25,7 +25,7 @@ from megatron_lite.models.spec import ModelSpec
 from megatron_lite.parallel.adapter import merged_parts
 from megatron_lite.parallel.layout import stage_numbers
 from megatron_lite.parallel.mesh import Axis
-from megatron_lite.parallel.shards import RankLocal, Replicate, Rule, take
+from megatron_lite.parallel.shards import RankLocal, Replicate, Rule, drifted, take
 
 Progress = Callable[[int], object]
 # Names of files -> what they make of the folder that they lie in, whatever `latest` says
@@ -74,7 +74,7 @@ def to_neox(model: Model, folder: Path, *, tp: int, step: int, dtype: torch.dtyp
     with appearing(folder / tag) as partial:
         layout = CheckpointLayout("neox", partial, tag, tp, ())
         for number, tensors in model.layers():
-            averaged += [f"layer {number} {name}" for name, (rule, stored) in tensors.items() if _drifted(rule, stored, tp)]
+            averaged += [f"layer {number} {name}" for name, (rule, stored) in tensors.items() if drifted(rule, stored, tp)]
             for part in range(tp):
                 mine = {name: take(_single(rule), stored, part, tp).to(dtype).clone() for name, (rule, stored) in tensors.items()}
                 write_layer(layout, number, part, mine)
@@ -93,7 +93,7 @@ def to_huggingface(model: Model, folder: Path, *, dtype: torch.dtype, extra: Map
     averaged, total = [], 0
     with appearing(folder) as partial:
         for position, (number, tensors) in enumerate(model.layers(), start=1):
-            averaged += [f"layer {number} {name}" for name, (rule, stored) in tensors.items() if _drifted(rule, stored, 1)]
+            averaged += [f"layer {number} {name}" for name, (rule, stored) in tensors.items() if drifted(rule, stored, 1)]
             file = f"model-{position:05d}-of-{count:05d}.safetensors"
             parts: dict[str, Tensor] = {}
             for name, (rule, stored) in tensors.items():
@@ -164,10 +164,6 @@ def appearing(folder: Path) -> Iterator[Path]:
 def _single(rule: Rule) -> Rule:
     """The formats know one norm for all ranks of a cut."""
     return Replicate() if isinstance(rule, RankLocal) else rule
-
-
-def _drifted(rule: Rule, stored: list[Tensor], tp: int) -> bool:
-    return isinstance(rule, Replicate) and tp % len(stored) != 0 and not all(torch.equal(stored[0], other) for other in stored[1:])
 
 
 def _write_json(path: Path, content: Mapping[str, object]) -> None:

@@ -16,11 +16,12 @@ from megatron_lite.checkpoint.reader import Mapping, Range, Reader, mappings, ra
 from megatron_lite.checkpoint.sequential import RankFiles
 from megatron_lite.checkpoint.source import Shards, Source
 from megatron_lite.errors import CheckpointError
+from megatron_lite.log import logger
 from megatron_lite.models.architecture import Architecture, LayerPlan
 from megatron_lite.models.spec import ModelSpec
 from megatron_lite.parallel.layout import stage_numbers
 from megatron_lite.parallel.mesh import Axis
-from megatron_lite.parallel.shards import Rule, Split, take
+from megatron_lite.parallel.shards import RankLocal, Rule, Split, drifted, take
 
 Progress = Callable[[int], object]
 """Called with the number of bytes that have arrived."""
@@ -68,6 +69,7 @@ def load_layers(
     """The plan's layers with these numbers, filled from the source. Raises CheckpointError for a missing, surplus or misshapen tensor. `settle` may make a
     layer smaller before the next one takes memory."""
     layers: dict[int, nn.Module] = {}
+    averaged = False
     with Reader(device) as reader:
         for number in numbers:
             with torch.device("meta"):
@@ -77,12 +79,14 @@ def load_layers(
                 layer.get_submodule("word_embeddings").weight = tied
             else:
                 _allocate(layer, device)
-                fill(layer, number, source, tp, reader, progress)
+                averaged |= fill(layer, number, source, tp, reader, progress)
             layers[number] = layer.eval()
             if settle is not None:
                 reader.wait()
                 settle(number, layer)
         reader.wait()
+    if averaged:
+        logger.info(f"norms or biases that the {source.tp} ranks of the checkpoint should hold alike differ between them, and are averaged")
     return layers
 
 
@@ -95,16 +99,19 @@ def _allocate(layer: nn.Module, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def fill(layer: nn.Module, number: int, source: Source, tp: Axis, reader: Reader, progress: Progress) -> None:
-    """Fills each parameter of the layer with what this rank's place in the cut asks for; what is large has arrived when the reader says so."""
+def fill(layer: nn.Module, number: int, source: Source, tp: Axis, reader: Reader, progress: Progress) -> bool:
+    """Fills each parameter of the layer with what this rank's place in the cut asks for; what is large has arrived when the reader says so. True where
+    copies that should be alike were averaged."""
     stored_number = 0 if number and hasattr(layer, "word_embeddings") else number  # a tied head lies in the embedding's file
     found = matched(layer, stored_number, source, tp.size)
-    mapped = mappings()  # of the files that are now open
+    mapped, averaged = mappings(), False  # of the files that are now open
     for path, (rule, stored, parameter) in found.items():
         module_name, _, name = path.rpartition(".")
         if not _fetch(rule, stored, parameter, tp, reader, mapped, progress):
+            averaged |= not isinstance(rule, RankLocal) and drifted(rule, stored, tp.size)
             _hold(layer.get_submodule(module_name), name, take(rule, stored, tp.index, tp.size))
             progress(parameter.nbytes)
+    return averaged
 
 
 def matched(layer: nn.Module, number: int, source: Source, size: int) -> dict[str, tuple[Rule, list[Tensor], Tensor]]:

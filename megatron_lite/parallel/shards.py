@@ -150,6 +150,11 @@ class Replicate:
         return torch.stack([shard.float() for shard in merged]).mean(0).to(merged[0].dtype)
 
 
+def drifted(rule: Rule, stored: Sequence[Tensor], size: int) -> bool:
+    """Whether copies that all ranks should hold are not the same, and `size` ranks are no finer cut of those that stored them."""
+    return isinstance(rule, Replicate) and size % len(stored) != 0 and not all(torch.equal(stored[0], other) for other in stored[1:])
+
+
 @dataclass(frozen=True)
 class RankLocal(Replicate):
     """Copies that may have drifted apart in training, as 20B's norms did, each belonging to the columns of its rank. Merging ranks keeps the different
