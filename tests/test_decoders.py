@@ -32,7 +32,7 @@ def decoder_within(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[
     stage = cut(load(write_random(tmp_path, SPEC, tp=1), SPEC, single_mesh()), SPEC, single_mesh(), torch.float16)
 
     def made(free: int) -> ContinuousDecoder:
-        monkeypatch.setattr(decoders, "free_memory", lambda device: free)
+        monkeypatch.setattr(decoders, "free_memory", lambda device, outside=0: free)
         return continuous_decoder(stage, SPEC, TOKENIZER, Load(SPEC.max_positions, 30, 1000))
 
     return made
@@ -60,6 +60,12 @@ def test_of_much_memory_the_cache_takes_all_but_what_reading_prompts_needs(
 ) -> None:
     monkeypatch.setattr(decoders, "page_bytes", lambda spec, *, blocks, tp: 400_000_000)  # as a large model's
     assert decoder_within(100 * 10**9).free.count == (100 * 10**9 - 3 * 2**30) // 400_000_000
+
+
+def test_what_gpus_exchange_by_is_reckoned_outside_of_the_allocator() -> None:
+    """Boxes of 256 rows of packets for every rank; of two ranks also two halves of 2,048 rows."""
+    boxes = 2 * 8 * 256 * (SPEC.hidden + 2)
+    assert [decoders._exchanging(SPEC, ranks) for ranks in (1, 2, 4)] == [0, 2 * boxes + 2 * 2048 * SPEC.hidden * 2, 4 * boxes]
 
 
 def test_without_memory_for_a_page_beside_reading_the_cache_is_refused(decoder_within: Callable[[int], ContinuousDecoder]) -> None:

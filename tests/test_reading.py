@@ -35,11 +35,14 @@ def read(readings: Readings, lengths: Sequence[int]) -> list[float]:
 
 
 def behind(tokens: Tensor, pasts: Mapping[int, FilledPast], last: Tensor) -> Tensor:
-    """The sum of each prompt's tokens, by the bounds of segments: what a block would see."""
+    """The sum of each prompt's tokens: what a block would see, by the bounds of segments and by the positions alike."""
     inner = pasts[1].inner
     assert isinstance(inner, FlashSegments)
     assert pasts[1].pages[: int(last.max()) + 1].eq(3).all()
-    number = torch.searchsorted(inner.starts, last.int(), right=True)
+    number, places = torch.searchsorted(inner.starts, last.int(), right=True), torch.arange(len(tokens))
+    begins = places - inner.positions[0]
+    assert begins[last].equal(inner.starts[number - 1].long())
+    assert begins.diff().ge(0).all(), "a place behind others belongs to no text that began before theirs"
     sums = torch.cat([torch.zeros(1), tokens.cumsum(0)])
     return sums[inner.starts[number].long()] - sums[inner.starts[number - 1].long()]
 
@@ -54,9 +57,26 @@ def test_a_captured_row_reads_what_the_prompts_say_however_much_it_is_filled_up(
     readings, ends = Readings(behind, graphs.capture, CPU, most=2048), [sum(lengths[: index + 1]) for index in range(len(lengths))]
     expected = [end * (end + 1) / 2 - (end - length) * (end - length + 1) / 2 for end, length in zip(ends, lengths, strict=True)]
     for _ in range(3):
-        read(readings, [2] * len(lengths))  # leaves other prompts in the row
+        for others in ([2] * len(lengths), [128 // len(lengths)] * len(lengths)):  # leaves other prompts in the row
+            read(readings, others)
         assert read(readings, lengths) == expected
     assert graphs.count == (1 if sum(lengths) <= 128 else 2)
+
+
+def test_a_captured_row_of_one_prompt_counts_as_one_text(graphs: Graphs) -> None:
+    seen: list[int] = []
+
+    def behind(tokens: Tensor, pasts: Mapping[int, FilledPast], last: Tensor) -> Tensor:
+        inner = pasts[1].inner
+        assert isinstance(inner, FlashSegments)
+        seen.append(inner.texts)
+        return tokens
+
+    readings = Readings(behind, graphs.capture, CPU, most=2048)
+    for _ in range(2):
+        read(readings, [2000])
+        read(readings, [900, 900])
+    assert seen == [1, 2, 1, 16]  # as they are, and then captured
 
 
 @pytest.mark.parametrize(

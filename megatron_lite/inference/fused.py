@@ -1,9 +1,10 @@
 """The blocks of parallel-residual models (GPT-NeoX, GPT-J) for one new token a row: five launches a block instead of forty, one of them the reduction over
 the tensor-parallel ranks, and attention beside the MLP. The residual stream stays in fp32."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +28,10 @@ SPLITS = 5
 """Terms of the second product: the attention's inputs and four times as many of the MLP."""
 
 
-Add = Callable[..., None]
-"""Adds what a block computed to the stream, and norms it."""
+class Add(Protocol):
+    """Adds what a block computed to the stream, and norms it."""
+
+    def __call__(self, *, scale: Tensor, shift: Tensor, out: Tensor, eps: float) -> None: ...
 
 
 def normed_into(stream: Tensor, norms: Norms | None, add: Add, *, like: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from megatron_lite.inference.captured import SIZES, CapturedStepper, size_in
 from megatron_lite.inference.kernels.exchange import OFFERED, PATIENCE, packets, sum_and_norm
 from megatron_lite.inference.kernels.kernel import Launch, watched
-from megatron_lite.inference.kernels.shares import meet, sum_shares
+from megatron_lite.inference.kernels.packed import LONG
+from megatron_lite.inference.kernels.shares import PROVEN, meet, sum_without_norm
 from megatron_lite.inference.nowhere import NOWHERE, Shapes, Silent, Unseen
 from megatron_lite.inference.paged import FilledPast
 from megatron_lite.inference.reading import COUNTS, LENGTHS
@@ -24,7 +25,7 @@ from megatron_lite.run import Run
 
 READINGS = ((37, 1), (64, 1), (64, COUNTS[-1]), (37, 3))
 """Tokens and prompts that are read together: of every kind one. Captured rows are filled up with prompts."""
-LONG_READING = 2048, 1
+LONG_READING = LONG, 1
 """This takes longest to compile, and most prompts are shorter."""
 
 
@@ -76,7 +77,8 @@ def launches(stage: Stage, spec: ModelSpec, *, words: int, rows: int, context: i
             stepper._rows(slots, size, _entering(stage, size))
         for count in range(1, rows + 1) if stepper.peers is not None and stage.mesh.pp.is_last else ():
             stepper.gathered(torch.empty(count, OFFERED, device=NOWHERE))
-        read(*LONG_READING)
+        if context >= LONG:
+            read(*LONG_READING)
     return list(found.values())
 
 
@@ -109,9 +111,8 @@ def _shares(stage: Stage) -> Shares:
     tp, numbers, turn = stage.mesh.tp, torch.empty(2, dtype=torch.int64, device=NOWHERE), torch.empty(1, dtype=torch.int32, device=NOWHERE)
     halves = torch.empty(2, LENGTHS[-1], stage.hidden, dtype=stage.dtype, device=NOWHERE)
     shares = Shares(tp.index, 2, halves, numbers, numbers, turn)
-    none = halves.new_empty(0, stage.hidden)
     meet(shares, patience=PATIENCE)
-    sum_shares(torch.empty(halves.shape[1:], device=NOWHERE), shares, 1, scale=none, shift=none, out=halves[:0], eps=0.0)
+    sum_without_norm(torch.empty(PROVEN, stage.hidden, device=NOWHERE), shares, 1)
     return shares
 
 

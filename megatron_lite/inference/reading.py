@@ -41,12 +41,13 @@ class Reading:
         return cls(tokens, pages, places, positions, starts, torch.zeros(count, dtype=torch.long, device=device))
 
     def fill(self, tokens: Tensor, past: FilledPast, segments: FlashSegments, last: Tensor) -> None:
-        """What is behind the prompts goes to page 0, which nobody reads."""
+        """What is behind the prompts goes to page 0, which nobody reads; each of its tokens is a text of its own."""
         count = len(tokens)
         self.tokens[:count] = tokens
         self.pages[:count], self.places[:count] = past.pages, past.places
         self.pages[count:] = 0
         self.positions[:, :count] = segments.positions
+        self.positions[:, count:] = 0
         self.starts[: len(segments.starts)] = segments.starts
         self.starts[len(segments.starts) :] = len(self.tokens)
         self.last[: len(last)] = last
@@ -54,7 +55,7 @@ class Reading:
     def pasts(self, kept: Mapping[int, FilledPast]) -> dict[int, FilledPast]:
         """The blocks' view of these prompts, in the cache of the given ones."""
         length = len(self.tokens)
-        segments = FlashSegments(self.positions, self.starts, length, None, self.starts, length)
+        segments = FlashSegments(self.positions, len(self.last), self.starts, length, None, self.starts, length)
         return {number: FilledPast(past.keys, past.values, segments, self.pages, self.places) for number, past in kept.items()}
 
 

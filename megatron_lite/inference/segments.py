@@ -1,4 +1,4 @@
-"""Attention over a packed row, where every segment sees only its own text: a plain way, and flash attention where the GPU has it."""
+"""Attention over a packed row, where every segment sees only its own text: a plain way, and on GPUs one kernel for all of them, torch's or ours."""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -92,9 +92,11 @@ class PlainSegments:
 
 @dataclass(frozen=True)
 class FlashSegments:
-    """One kernel for all segments. `keys` are the places of what each sees, one after the other; None where every segment is a text of its own."""
+    """One kernel for all segments. `keys` are the places of what each sees, one after the other; None where every segment is a text of its own: then there
+    are about so many `texts`, which our kernel tells apart by the positions, and torch's by the starts."""
 
     positions: Tensor
+    texts: int
     starts: Tensor
     longest: int
     keys: Tensor | None
@@ -107,13 +109,13 @@ class FlashSegments:
         counts = [segment.position + segment.length for segment in segments]
         starts, key_starts = (to_device([0, *accumulate(each)], device, torch.int32) for each in (lengths, counts))
         keys = to_device([place for segment in segments for part in segment.path for place in part], device) if counts != lengths else None
-        return cls(positions_of(segments, device), starts, max(lengths), keys, key_starts, max(counts))
+        return cls(positions_of(segments, device), len(segments), starts, max(lengths), keys, key_starts, max(counts))
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # s h d
         attend_texts = own_attention(query.dtype) if self.keys is None else None
         if attend_texts is not None:
-            return attend_texts((query, key, value), self.positions[0], len(self.starts) - 1).transpose(0, 1).unsqueeze(0)
+            return attend_texts((query, key, value), self.positions[0], self.texts).transpose(0, 1).unsqueeze(0)
         if self.keys is not None:
             key, value = key[self.keys], value[self.keys]
         if query.shape[1] != key.shape[1]:

@@ -24,11 +24,12 @@ def _share_of(device: torch.device) -> float:
     return stated(device) if stated else 1.0
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes of a GPU that this process can still get: what nobody has, within its budget."""
+def free_memory(device: torch.device, *, outside: int = 0) -> int:
+    """Bytes of a GPU that this process can still get: what nobody has, within its budget. So many bytes it will take `outside` of the allocator, which the
+    budget leaves room for (CUDA_ITSELF)."""
     free, whole = torch.cuda.mem_get_info(device)
     budget = int(_share_of(device) * whole)
-    return max(0, min(free, budget - torch.cuda.memory_reserved(device)))
+    return max(0, min(free - outside, budget - torch.cuda.memory_reserved(device)))
 
 
 def least(mesh: Mesh, count: int, *, of_all: bool = False) -> int:

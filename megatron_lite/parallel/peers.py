@@ -1,4 +1,4 @@
-"""Memory that the GPUs of one axis write into each other's, without a library call between them."""
+"""Memory of the GPUs of one axis that they write into and read from each other, without a library call between them."""
 
 import socket
 from dataclasses import dataclass

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_lite.inference.kernels.kernel import Kernel
+from megatron_lite.log import logger
 from megatron_lite.parallel.mesh import Axis
 from megatron_lite.parallel.peers import Peers
 
@@ -64,11 +65,14 @@ def proven(peers: Peers | None, axis: Axis, *, width: int, dtype: torch.dtype) -
     pattern = torch.arange(3 * width, dtype=torch.float32, device=device).view(1, 3, width) % 61
     out = torch.empty(0, 3, width, dtype=dtype, device=device)
     right = torch.ones((), device=device)
-    for turn in range(1, 5):  # each half twice
+    for turn in range(5):  # each half twice, behind a turn that does not count: one rank may still compile
         found, expected = torch.zeros(3, width, device=device), pattern[0] * turn * sum(range(1, axis.size + 1))
         sum_and_norm(found, pattern * turn * (axis.index + 1), None, out[:, 0], out[:, 0], out, peers, eps=0.0, patience=PATIENCE)
-        right = right * torch.equal(found, expected)
-    return peers if axis.minimum(right) == 1 else None
+        right = right * torch.equal(found, expected) if turn else axis.maximum(right)
+    if axis.minimum(right) == 1:
+        return peers
+    logger.debug("what GPUs write into each other's memory does not arrive as it was: sums go through the library")
+    return None
 
 
 @triton.jit
