@@ -1,5 +1,6 @@
 """Run by tests/test_kernels.py in an interpreter of Triton: two ranks, which are processes that share memory at the same addresses, lay their shares where
-the other reads them. The first word is a format and the second how large the ranks' numbers are; or it is "prompts", which a model reads so."""
+the other reads them. The first word is a format and the second how large the ranks' numbers are; or it is "prompts", which a model reads so, or
+"proofs", by which ranks find out whether this works."""
 
 import os
 
@@ -17,13 +18,14 @@ from torch import Tensor
 
 from megatron_lite.inference.block import FusedBlock
 from megatron_lite.inference.captured import CapturedStepper
-from megatron_lite.inference.kernels.shares import meet, sum_shares
+from megatron_lite.inference.kernels.exchange import packets, proven
+from megatron_lite.inference.kernels.shares import PROVEN, meet, shares_proven, sum_shares
 from megatron_lite.inference.request import Request, Sampling
 from megatron_lite.inference.sample import Rules
 from megatron_lite.inference.step import Stepper
 from megatron_lite.parallel.layout import Layout
 from megatron_lite.parallel.mesh import Mesh
-from megatron_lite.parallel.peers import Shares
+from megatron_lite.parallel.peers import Peers, Shares
 from tests.kernels import SPEC, let_bounds_be_computed
 from tests.models import load, write_random
 from tests.worlds import in_world
@@ -94,6 +96,24 @@ def prompts() -> None:
         torch.testing.assert_close((two, four), (one, three), atol=1e-5, rtol=0)
 
 
+def proofs() -> None:
+    """What works is found to work, by packets and by shares; what brings other numbers is not used."""
+    capacity = packets(PROVEN, WIDTH)
+    boxes = [torch.zeros(2 * RANKS * capacity, dtype=torch.int64).share_memory_() for _ in range(RANKS)]
+    addresses = torch.tensor([box.data_ptr() for box in boxes])
+    right, wrong = everybody(4, WIDTH, torch.float16), everybody(4, WIDTH, torch.float16)
+
+    def prove(mesh: Mesh) -> list[bool]:
+        tp, rank = mesh.tp, mesh.tp.index
+        peers = Peers(rank, RANKS, capacity, addresses, torch.zeros(PROVEN + 1, dtype=torch.int32), boxes[rank])
+        time.sleep(0.5 * rank)
+        own = replace(wrong[rank], addresses=wrong[rank].addresses[rank].repeat(RANKS))  # as if the link brought the reader's numbers back
+        told = proven(peers, tp, width=WIDTH, dtype=torch.float16), shares_proven(right[rank], tp), shares_proven(own, tp)
+        return [each is not None for each in told]
+
+    assert in_world(Layout(tp=2), prove) == [[True, True, False]] * RANKS
+
+
 def share(rank: int, turn: int, size: float, dtype: torch.dtype) -> Tensor:
     return (torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(100 * turn + rank)) * size).to(dtype)
 
@@ -120,8 +140,8 @@ def work(shares: Shares, size: float, answers: Tensor) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     let_bounds_be_computed()
-    if sys.argv[1] == "prompts":
-        prompts()
+    if len(sys.argv) == 2:
+        {"prompts": prompts, "proofs": proofs}[sys.argv[1]]()
     else:
         sums(sys.argv[1], float(sys.argv[2]))
     print("ok")

@@ -40,3 +40,7 @@ def test_two_ranks_that_read_each_others_shares_have_the_same_sums_turn_after_tu
 
 def test_two_ranks_that_read_each_others_shares_read_prompts_as_the_plain_path_does() -> None:
     assert ran("laid.py", "prompts") == "ok"
+
+
+def test_ranks_use_what_brings_each_others_numbers_and_nothing_else() -> None:
+    assert ran("laid.py", "proofs") == "ok"
