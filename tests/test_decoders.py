@@ -11,6 +11,7 @@ pytest.importorskip("triton", reason="triton is not installed: decoding is by th
 
 from megatron_lite.errors import FitError
 from megatron_lite.inference import decoders
+from megatron_lite.inference.captured import exchanging
 from megatron_lite.inference.continuous import ContinuousDecoder
 from megatron_lite.inference.decoders import Load, continuous_decoder
 from megatron_lite.inference.paged import page_bytes, pages_for
@@ -65,7 +66,7 @@ def test_of_much_memory_the_cache_takes_all_but_what_reading_prompts_needs(
 def test_what_gpus_exchange_by_is_reckoned_outside_of_the_allocator() -> None:
     """Boxes of 256 rows of packets for every rank; of two ranks also two halves of 2,048 rows."""
     boxes = 2 * 8 * 256 * (SPEC.hidden + 2)
-    assert [decoders._exchanging(SPEC, ranks) for ranks in (1, 2, 4)] == [0, 2 * boxes + 2 * 2048 * SPEC.hidden * 2, 4 * boxes]
+    assert [exchanging(SPEC, ranks) for ranks in (1, 2, 4)] == [0, 2 * boxes + 2 * 2048 * SPEC.hidden * 2, 4 * boxes]
 
 
 def test_without_memory_for_a_page_beside_reading_the_cache_is_refused(decoder_within: Callable[[int], ContinuousDecoder]) -> None:

@@ -1,12 +1,13 @@
 """The steps of continuous batching captured in CUDA graphs, one for each size of batch: the same numbers as the plain steps, without their launches."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from megatron_lite.inference.fused import FusedStack
+from megatron_lite.inference.graphs import Graphs
 from megatron_lite.inference.kernels.attention import Scratch, attend_pages
 from megatron_lite.inference.kernels.exchange import gather_offers, packets, proven
 from megatron_lite.inference.kernels.shares import shares_proven
@@ -16,7 +17,7 @@ from megatron_lite.inference.sample import Rules
 from megatron_lite.inference.step import Arrival, Slots, Stepper
 from megatron_lite.models.spec import ModelSpec
 from megatron_lite.parallel.layers import LayerNorm, VocabularyEmbedding
-from megatron_lite.parallel.peers import Shares, connect, shares_of
+from megatron_lite.parallel.peers import Shares, box_bytes, connect, share_bytes, shares_of
 from megatron_lite.parallel.stage import Stage
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256)
@@ -24,6 +25,26 @@ SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256)
 
 HIDDEN_LAUNCHES = int(3e11)
 """Parameters of a block times tokens that it reads, from which on its products take an H200 longer than its launches a host (1 ms)."""
+PROGRAMS = SIZES[-1] + 1
+"""Of an exchange: one for each row, and one that compares the rows' best tokens."""
+SHARED = LENGTHS[-1]
+"""Prompt tokens that are summed in memory that GPUs share, at most."""
+
+
+def capacity_of(spec: ModelSpec) -> int:
+    """Packets of an exchange of steps."""
+    return packets(SIZES[-1], spec.hidden)
+
+
+def lays_shares(ranks: int) -> bool:
+    """More than two GPUs would read the shares of all others, which takes longer than the library's sum."""
+    return ranks == 2
+
+
+def exchanging(spec: ModelSpec, ranks: int) -> int:
+    """Bytes in which GPUs of so many tensor-parallel ranks exchange what they compute, where they reach each other's memory."""
+    shares = share_bytes(SHARED, spec.hidden, getattr(torch, spec.dtype)) if lays_shares(ranks) else 0
+    return box_bytes(ranks, capacity_of(spec)) + shares if ranks > 1 else 0
 
 
 def size_in(slots: Slots, rows: int) -> int:
@@ -50,7 +71,7 @@ class CapturedStepper(Stepper):
     def __init__(self, stage: Stage, spec: ModelSpec, *, words: int, pages: int) -> None:
         super().__init__(stage, spec, words=words, pages=pages)
         mesh, norm = stage.mesh, stage.layers.get(spec.norm_number)
-        peers = connect(mesh.tp, capacity=packets(SIZES[-1], spec.hidden), programs=SIZES[-1] + 1, device=mesh.device)
+        peers = connect(mesh.tp, capacity=capacity_of(spec), programs=PROGRAMS, device=mesh.device)
         self.peers = proven(peers, mesh.tp, width=spec.hidden, dtype=stage.dtype)
         last = norm.norm if norm is not None and isinstance(norm.norm, LayerNorm) else None
         blocks = [stage.layers[number] for number in self.cache.keys]
@@ -126,11 +147,11 @@ class CapturedStepper(Stepper):
         return embedding
 
     def _shares(self) -> Shares | None:
-        """Where two GPUs sum what they compute for prompts. More of them would read the shares of all others, which takes longer than the library's sum."""
+        """Where ranks lay what they compute for prompts."""
         tp, device = self.mesh.tp, self.mesh.device
-        if self.peers is None or tp.size > 2:
+        if self.peers is None or not lays_shares(tp.size):
             return None
-        return shares_proven(shares_of(tp, rows=LENGTHS[-1], width=self.spec.hidden, dtype=self.stage.dtype, device=device), tp)
+        return shares_proven(shares_of(tp, rows=SHARED, width=self.spec.hidden, dtype=self.stage.dtype, device=device), tp)
 
     def _scratch(self, rows: int) -> Scratch:
         """Its counts return to 0 after every launch, so that all blocks share it."""
@@ -143,39 +164,3 @@ class CapturedStepper(Stepper):
 def parameters_of_a_block(stage: Stage, spec: ModelSpec) -> int:
     """On this rank; 0 where the stage has no block."""
     return max((sum(each.numel() for each in layer.parameters()) for number, layer in stage.layers.items() if spec.is_block(number)), default=0)
-
-
-Key = tuple[int, int, bool]
-
-
-class Graphs:
-    """Captured work, and where each leaves what it computes. All share one pool of memory: they run one after the other."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-        self.captured: dict[Key, Callable[[], Tensor]] = {}
-        self.inputs: dict[Key, Tensor] = {}
-
-    def replay(self, key: Key, begin: Callable[[], Tensor], finish: Callable[[Tensor], Tensor]) -> Tensor:
-        """What finish(begin()) computes, which is captured when it is wanted for the first time."""
-        if key not in self.captured:
-            self.captured[key] = self.capture(begin, finish)
-        return self.captured[key]()
-
-    def capture(self, begin: Callable[[], Tensor], finish: Callable[[Tensor], Tensor] = lambda out: out) -> Callable[[], Tensor]:
-        """`begin` runs once before, to compile its kernels; it may be repeated, `finish` not."""
-        begin()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            result = finish(begin())
-
-        def replay() -> Tensor:
-            graph.replay()
-            return result
-
-        return replay
-
-    def clear(self) -> None:
-        self.captured.clear()
-        self.inputs.clear()

@@ -13,7 +13,7 @@ from megatron_lite.inference.paged import page_bytes, pages_for
 from megatron_lite.inference.request import Codec, Completion, Request
 from megatron_lite.inference.rows import Watch
 from megatron_lite.models.memory import generation_footprint
-from megatron_lite.models.spec import BYTES, ModelSpec
+from megatron_lite.models.spec import ModelSpec
 from megatron_lite.parallel.budget import CAPTURED, free_memory, least
 from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.parallel.stage import Stage
@@ -97,25 +97,15 @@ def continuous_decoder(stage: Stage, spec: ModelSpec, tokenizer: Codec, load: Lo
 
 def _pages_that_fit(stage: Stage, spec: ModelSpec, longest: int) -> int:
     """Those for which there is memory beside what reading the longest text takes."""
+    from megatron_lite.inference.captured import exchanging
+
     mesh = stage.mesh
-    free = free_memory(mesh.device, outside=_exchanging(spec, mesh.tp.size))
+    free = free_memory(mesh.device, outside=exchanging(spec, mesh.tp.size))
     beside = max(min(int(free * LEFT_FREE), MOST_LEFT_FREE), _reading(stage, spec, longest) + CAPTURED)
     pages = least(mesh, max(0, free - beside) // page_bytes(spec, blocks=sum(map(spec.is_block, stage.layers)), tp=mesh.tp.size))
     if pages < pages_for(1) + 1:
         raise FitError(f"beside the weights {free / 1e9:.1f} GB of {mesh.device} are free, too little for a cache; spread the model over more GPUs")
     return pages
-
-
-def _exchanging(spec: ModelSpec, ranks: int) -> int:
-    """Bytes in which the GPUs of so many tensor-parallel ranks exchange what they compute, where they reach each other's memory."""
-    if ranks == 1:
-        return 0
-    from megatron_lite.inference.captured import SIZES
-    from megatron_lite.inference.kernels.exchange import packets
-    from megatron_lite.inference.reading import LENGTHS
-
-    shares = 2 * LENGTHS[-1] * spec.hidden * BYTES[spec.dtype] if ranks == 2 else 0
-    return 2 * ranks * packets(SIZES[-1], spec.hidden) * 8 + shares
 
 
 def _reading(stage: Stage, spec: ModelSpec, tokens: int) -> int:

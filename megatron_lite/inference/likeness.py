@@ -5,14 +5,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from megatron_lite.inference.captured import SIZES, CapturedStepper, size_in
-from megatron_lite.inference.kernels.exchange import OFFERED, PATIENCE, packets, sum_and_norm
+from megatron_lite.inference.captured import PROGRAMS, SHARED, CapturedStepper, capacity_of, lays_shares, size_in
+from megatron_lite.inference.kernels.exchange import OFFERED, PATIENCE, sum_and_norm
 from megatron_lite.inference.kernels.kernel import Launch, watched
 from megatron_lite.inference.kernels.packed import LONG
 from megatron_lite.inference.kernels.shares import PROVEN, meet, sum_without_norm
 from megatron_lite.inference.nowhere import NOWHERE, Shapes, Silent, Unseen
 from megatron_lite.inference.paged import FilledPast
-from megatron_lite.inference.reading import COUNTS, LENGTHS
+from megatron_lite.inference.reading import COUNTS
 from megatron_lite.inference.step import Slots
 from megatron_lite.models.spec import ModelSpec
 from megatron_lite.parallel.layers import LayerNorm
@@ -98,19 +98,20 @@ def _stepper(stage: Stage, spec: ModelSpec, words: int) -> CapturedStepper:
     stepper, tp = CapturedStepper(stage, spec, words=words, pages=2), stage.mesh.tp
     if tp.size == 1 or stepper.stack is None:
         return stepper
-    boxes, turns = torch.empty(tp.size, dtype=torch.int64, device=NOWHERE), torch.empty(SIZES[-1] + 1, dtype=torch.int32, device=NOWHERE)
-    peers = Peers(tp.index, tp.size, packets(SIZES[-1], spec.hidden), boxes, turns, boxes)
+    boxes, turns = torch.empty(tp.size, dtype=torch.int64, device=NOWHERE), torch.empty(PROGRAMS, dtype=torch.int32, device=NOWHERE)
+    peers = Peers(tp.index, tp.size, capacity_of(spec), boxes, turns, boxes)
     found, out = torch.empty(3, spec.hidden, device=NOWHERE), torch.empty(0, 3, spec.hidden, dtype=stage.dtype, device=NOWHERE)
     sum_and_norm(found, found.unsqueeze(0), None, out[:, 0], out[:, 0], out, peers, eps=0.0, patience=PATIENCE)  # as they are proven
-    stepper.peers, stepper.stack = peers, replace(stepper.stack, peers=peers, shares=_shares(stage) if tp.size == 2 else None)
+    stepper.peers, stepper.stack = peers, replace(stepper.stack, peers=peers, shares=_shares(stage) if lays_shares(tp.size) else None)
     return stepper
 
 
 def _shares(stage: Stage) -> Shares:
-    """Those of two ranks, as they are proven."""
-    tp, numbers, turn = stage.mesh.tp, torch.empty(2, dtype=torch.int64, device=NOWHERE), torch.empty(1, dtype=torch.int32, device=NOWHERE)
-    halves = torch.empty(2, LENGTHS[-1], stage.hidden, dtype=stage.dtype, device=NOWHERE)
-    shares = Shares(tp.index, 2, halves, numbers, numbers, turn)
+    """As they are proven."""
+    tp, turn = stage.mesh.tp, torch.empty(1, dtype=torch.int32, device=NOWHERE)
+    numbers = torch.empty(tp.size, dtype=torch.int64, device=NOWHERE)
+    halves = torch.empty(2, SHARED, stage.hidden, dtype=stage.dtype, device=NOWHERE)
+    shares = Shares(tp.index, tp.size, halves, numbers, numbers, turn)
     meet(shares, patience=PATIENCE)
     sum_without_norm(torch.empty(PROVEN, stage.hidden, device=NOWHERE), shares, 1)
     return shares

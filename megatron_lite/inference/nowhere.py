@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from megatron_lite.inference.segments import own_attention
+from megatron_lite.inference.segments import own_mix
 from megatron_lite.parallel.mesh import Axis
 
 NOWHERE = torch.device("meta")
@@ -36,11 +36,8 @@ class Unseen:
     texts: int
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        attend_texts = own_attention(query.dtype)
-        if attend_texts is None:
-            return torch.empty_like(query)
-        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-        return attend_texts((query, key, value), self.positions[0], self.texts).transpose(0, 1).unsqueeze(0)
+        mixed = own_mix((query, key, value), self.positions, self.texts)
+        return torch.empty_like(query) if mixed is None else mixed
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

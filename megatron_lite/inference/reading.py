@@ -15,7 +15,7 @@ COUNTS = (1, 16)
 """Prompts in a captured row."""
 
 
-def size_of(tokens: int, prompts: int, *, most: int = LENGTHS[-1]) -> tuple[int, int] | None:
+def size_of(tokens: int, prompts: int, *, most: int) -> tuple[int, int] | None:
     """The captured row of up to `most` tokens that takes so many; None where there is none."""
     if tokens > max((length for length in LENGTHS if length <= most), default=0) or prompts > COUNTS[-1]:
         return None

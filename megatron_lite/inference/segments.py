@@ -36,13 +36,22 @@ def has_flash(dtype: torch.dtype, head_dim: int, device: torch.device) -> bool:
 
 
 @cache
-def own_attention(dtype: torch.dtype) -> Attend | None:
+def _own_attention(dtype: torch.dtype) -> Attend | None:
     """Attention over texts of their own by our kernel, with heads of up to 256 numbers; None where it was not measured against torch's."""
     if dtype not in HALVES or find_spec("triton") is None:
         return None
     from megatron_lite.inference.kernels.packed import attend_packed, serves
 
     return attend_packed if serves() else None
+
+
+def own_mix(heads: tuple[Tensor, Tensor, Tensor], positions: Tensor, texts: int) -> Tensor | None:
+    """What queries see of keys and values, `heads`, each [1 h s d], in a row of so many texts of their own, by our kernel; None where it does not serve."""
+    attend = _own_attention(heads[0].dtype)
+    if attend is None:
+        return None
+    query, key, value = (x[0].transpose(0, 1) for x in heads)
+    return attend((query, key, value), positions[0], texts).transpose(0, 1).unsqueeze(0)
 
 
 def to_device(values: Sequence[float] | np.ndarray, device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
@@ -112,10 +121,10 @@ class FlashSegments:
         return cls(positions_of(segments, device), len(segments), starts, max(lengths), keys, key_starts, max(counts))
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        mixed = own_mix((query, key, value), self.positions, self.texts) if self.keys is None else None
+        if mixed is not None:
+            return mixed
         query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # s h d
-        attend_texts = own_attention(query.dtype) if self.keys is None else None
-        if attend_texts is not None:
-            return attend_texts((query, key, value), self.positions[0], self.texts).transpose(0, 1).unsqueeze(0)
         if self.keys is not None:
             key, value = key[self.keys], value[self.keys]
         if query.shape[1] != key.shape[1]:

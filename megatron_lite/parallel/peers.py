@@ -46,16 +46,26 @@ def connect(axis: Axis, *, capacity: int, programs: int, device: torch.device) -
     alike = torch.tensor(float(reaches), device=device)
     if axis.minimum(alike) < 1 or not are_seen(axis, device):
         return None
-    memory, boxes = _symmetric(axis, 2 * axis.size * capacity, device)
+    memory, boxes = _symmetric(axis, box_bytes(axis.size, capacity) // 8, device)
     return Peers(axis.index, axis.size, capacity, boxes, torch.zeros(programs, dtype=torch.int32, device=device), memory)
 
 
 def shares_of(axis: Axis, *, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Shares:
     """Symmetric memory for shares of so many rows, where the GPUs of the axis reach each other's. All ranks of the axis call this together."""
-    size = 2 * rows * width * dtype.itemsize // 8
+    size = share_bytes(rows, width, dtype) // 8
     memory, addresses = _symmetric(axis, size + axis.size, device)
     turn = torch.zeros(1, dtype=torch.int32, device=device)
     return Shares(axis.index, axis.size, memory[:size].view(dtype).view(2, rows, width), addresses, addresses + 8 * size, turn)
+
+
+def box_bytes(ranks: int, capacity: int) -> int:
+    """Of a box of each of so many ranks."""
+    return 8 * 2 * ranks * capacity
+
+
+def share_bytes(rows: int, width: int, dtype: torch.dtype) -> int:
+    """Of a rank's halves."""
+    return 2 * rows * width * dtype.itemsize
 
 
 def _symmetric(axis: Axis, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
